@@ -1,0 +1,1 @@
+"""The evaluation library: lm-eval with the ensemble inside, and the report."""

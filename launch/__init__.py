@@ -1,0 +1,1 @@
+"""Thin verbs: each file is one command."""

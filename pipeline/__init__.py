@@ -1,0 +1,1 @@
+"""The training library: recipe, data, base model, LoRA Dropout, trainer."""

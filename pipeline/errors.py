@@ -1,0 +1,8 @@
+"""The one error that is shown to the user without a traceback."""
+
+
+class UserError(Exception):
+    """Bad input. The message says where (file, line, key or row), what was found, what was expected and how to fix it.
+
+    Commands in ``launch/`` print it and exit with status 2, before any expensive work has started.
+    """

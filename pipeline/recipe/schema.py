@@ -1,0 +1,224 @@
+"""The recipe: one typed, frozen tree. Every section documents its own keys.
+
+Reading, overriding and error messages are in ``loader.py``. Nothing here imports torch, so that
+``--help`` and the schema stay instant.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class LocalOrHub:
+    """Marks a string key that names a local path or a Hub id.
+
+    In a recipe file, a value that starts with ``./`` or ``../`` is relative to that file; on the
+    command line it is relative to the working directory. Anything else is a path if it exists, else
+    a Hub id.
+    """
+
+
+PathOrHubId = Annotated[str, LocalOrHub()]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Base(Section):
+    """The frozen base model."""
+
+    model: PathOrHubId
+    """Causal language model in Hugging Face format: a folder or a Hub id."""
+    revision: str = "main"
+    """Git revision on the Hub; pin a commit hash for a result that must be reproducible."""
+    tokenizer: PathOrHubId | None = None
+    """Tokenizer, where it is not the model's own."""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """bitsandbytes storage of the frozen weights: 4-bit NormalFloat, LLM.int8(), or none."""
+    double_quantization: bool = True
+    """Quantise nf4's block constants too (about 0.4 bit per weight less, QLoRA section 3)."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Compute type. float16 is for GPUs without bfloat16 (V100, T4)."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation, by transformers' name."""
+    trust_remote_code: bool = False
+    """Run Python code that the model repository ships. Off unless you have read that code."""
+
+
+class Dropout(Section):
+    """LoRA Dropout (Lin et al., arXiv 2404.09610, equations 1-3 and 7)."""
+
+    rate: float = Field(default=0.5, ge=0.0, lt=1.0)
+    """Probability p with which an input feature of A or an output feature of B is dropped. 0 is plain LoRA."""
+    instances: int = Field(default=1, ge=1)
+    """Mask instances N over which each example's loss is averaged (equation 7). Cost grows with N."""
+    sampling: Literal["instance", "example"] = "example"
+    """`instance`: N masks shared by the micro-batch, as in the paper. `example`: every example draws its own."""
+    execution: Literal["batched", "sequential"] = "batched"
+    """The N copies as one batch of N x rows, or one after another with 1/N of the activation memory."""
+    rescale: bool = True
+    """Scale each kept feature by 1/(1-p), so that the mean adapter is BA. `false` is equation 2 verbatim."""
+
+
+class Adapter(Section):
+    """The peft adapter."""
+
+    method: Literal["lora"] = "lora"
+    """Adapter family."""
+    rank: int = Field(default=16, ge=1)
+    """Rank r of B @ A."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter's output is multiplied by alpha / rank."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Every linear layer but the output head, or a list of module names as in peft."""
+    input_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """peft's own `lora_dropout` on the adapter's input, fresh per token: a baseline, not LoRA Dropout."""
+    dropout: Dropout = Dropout()
+    """LoRA Dropout."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_dropout(self) -> Adapter:
+        if self.input_dropout > 0 and self.dropout.rate > 0:
+            raise ValueError(
+                "input_dropout and dropout.rate are both above 0; the two regularisers are compared, "
+                "not combined: set one of them to 0"
+            )
+        return self
+
+
+class Source(Section):
+    """One file, folder or Hub dataset of instruction rows."""
+
+    path: PathOrHubId
+    """A json, jsonl or parquet file, a folder of them, or a Hub dataset id."""
+    format: Literal["alpaca", "prompt-completion"] = "alpaca"
+    """`alpaca`: instruction, input, output. `prompt-completion`: prompt, completion."""
+    columns: dict[str, str] = {}
+    """Your column for each of the format's columns, e.g. `{instruction: question, output: answer}`."""
+    prompt: str | None = None
+    """Jinja2 template of the prompt over the row's columns; replaces the format's own. The completion follows it."""
+    subset: str | None = None
+    """Hub dataset configuration."""
+    split: str = "train"
+    """Hub dataset split."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first rows."""
+
+
+class Validation(Section):
+    """Held-out rows, for the validation loss: a fraction of the training rows, or a source of their own."""
+
+    fraction: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Part of the training rows to hold out, drawn by the recipe's seed."""
+    source: Source | None = None
+    """Held-out rows of their own."""
+    probe_rows: int = Field(default=256, ge=1)
+    """Training rows, fixed by the seed, whose loss is measured like validation: their difference is the gap."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Validation:
+        if (self.fraction is None) == (self.source is None):
+            raise ValueError("give exactly one of fraction (a part of the training rows) and source (rows of their own)")
+        return self
+
+
+class Data(Section):
+    """Instruction data. The loss is on completions only."""
+
+    train: list[Source] = Field(min_length=1)
+    """Training rows, concatenated in this order."""
+    validation: Validation | None = None
+    """Held-out rows; none measures no validation loss and no generalisation gap."""
+    max_length: int = Field(default=512, ge=8)
+    """Tokens per row, prompt and completion together; longer rows lose their end."""
+
+
+class Distributed(Section):
+    """What DeepSpeed shards. The number of processes is the launcher's, not the recipe's."""
+
+    zero: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also the (4-bit) weights."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep optimizer states (ZeRO 1-3), or weights too (ZeRO 3), in CPU memory."""
+
+
+class Ensemble(Section):
+    """Test-time ensemble over mask instances (equation 8)."""
+
+    instances: int = Field(default=8, ge=1)
+    """Members N. 1 is a single masked model."""
+    average: Literal["logits", "probabilities"] = "logits"
+    """What is averaged over the members at every token."""
+    rows_per_pass: int | None = Field(default=None, ge=1)
+    """Most rows (members x requests) in one forward pass, where memory is short; same results."""
+
+
+class Eval(Section):
+    """The lm-evaluation-harness stage."""
+
+    tasks: list[PathOrHubId] = []
+    """lm-eval task names, names from eval/tasks, or paths of task YAML files. Empty: no evaluation stage."""
+    task_folders: list[PathOrHubId] = []
+    """More folders with lm-eval task files."""
+    data_folder: PathOrHubId | None = None
+    """Folder of the local task data that eval/tasks reads; the LORA_DROPOUT_DATA variable is its default."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples before each question; none keeps each task's own number."""
+    limit: int | None = Field(default=None, ge=1)
+    """Evaluate only the first documents of each task (the report says so)."""
+    batch_size: int = Field(default=8, ge=1)
+    """Requests per forward pass, before the ensemble multiplies them."""
+    prompt: Literal["task", "training"] = "task"
+    """`task`: lm-eval's own prompt. `training`: the same text as instruction in the training prompt."""
+    systems: list[Literal["base", "deterministic", "ensemble"]] = ["base", "deterministic", "ensemble"]
+    """What is evaluated, on the same base: without adapter, adapter without masks, ensemble over masks."""
+    ensemble: Ensemble = Ensemble()
+    """The ensemble."""
+
+
+class Recipe(Section):
+    """An experiment. How many processes run it, and where, is the launcher's business."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the output folders."""
+    seed: int = Field(default=42, ge=0)
+    """Seeds initialisation, data order and masks."""
+    output: str = "outputs"
+    """Folder of training runs; this run writes to `<output>/<name>`."""
+    base: Base
+    adapter: Adapter = Adapter()
+    data: Data
+    training: dict[str, Any] = {}
+    """Any field of trl's SFTConfig under its own name, checked against it, unless another section owns it."""
+    distributed: Distributed = Distributed()
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Recipe:
+        problems = [
+            message
+            for broken, message in (
+                (
+                    self.base.quantization == "int8" and self.distributed.zero == 3,
+                    "base.quantization int8 cannot be sharded by distributed.zero 3 (bitsandbytes keeps the whole "
+                    "int8 weight in each layer's state): use nf4, or zero 2 or less",
+                ),
+                (
+                    self.distributed.offload == "all" and self.distributed.zero != 3,
+                    "distributed.offload all needs distributed.zero 3: below it weights are not DeepSpeed's to move",
+                ),
+                (
+                    self.distributed.offload == "optimizer" and self.distributed.zero == 0,
+                    "distributed.offload optimizer needs distributed.zero 1, 2 or 3",
+                ),
+            )
+            if broken
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

@@ -1,0 +1,33 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face import: no test may reach the network
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and bases that are too large or not licensed to ship; tests that need them skip where absent."""
+    folder = Path(os.environ.get("LORA_DROPOUT_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "base" / "books7M").is_dir():
+        pytest.skip(f"no {folder}: set LORA_DROPOUT_SHARED to a folder with base/, data/ and corpus/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pocket_base(repository: Path) -> Path:
+    """The small LLaMA base that the repository ships."""
+    return repository / "recipes" / "pocket" / "base"
