@@ -1,0 +1,81 @@
+"""What is wrong with a recipe, and where, in words."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of a file, or the command line."""
+
+    file: Path | None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        if self.file is None:
+            return "command line"
+        relative = os.path.relpath(self.file)
+        name = str(self.file) if relative.startswith("..") else relative
+        return name if self.line is None else f"{name}:{self.line}"
+
+    def at(self, line: int) -> Place:
+        """Another line of the same file; the command line has none."""
+        return self if self.file is None else replace(self, line=line)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to repair: `file:line: key: found, expected, nearest`."""
+
+    place: Place
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (str(self.place), self.key, self.message) if part)
+
+
+class RecipeError(UserError):
+    """Every problem of a recipe, in the order of its lines, one per line of the message."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        ordered = sorted(problems, key=lambda p: (p.place.file is None, str(p.place.file), p.place.line or 0, p.key))
+        self.problems = tuple(dict.fromkeys(ordered))
+        lines = [str(problem) for problem in self.problems]
+        if len(lines) > 1:
+            lines.insert(0, f"{len(lines)} problems in the recipe:")
+        super().__init__("\n".join(lines))
+
+
+def display_key(path: Iterable[str | int]) -> str:
+    """`("data", "train", 0, "path")` as `data.train.0.path`, the form that an override takes."""
+    return ".".join(str(part) for part in path)
+
+
+def shown(value: Any) -> str:
+    """A value as YAML spells it, with its kind where the spelling alone would mislead."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"the text {value[:60] + '...' if len(value) > 60 else value!r}"
+    if isinstance(value, dict):
+        return f"a mapping with {', '.join(map(str, value))}" if value else "an empty mapping"
+    if isinstance(value, list):
+        return f"a list of {len(value)}" if value else "an empty list"
+    return str(value)
+
+
+def close_names(name: str, known: Iterable[str], most: int = 1) -> str:
+    """`; did you mean X?`, or nothing where no known name is close."""
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
