@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from pipeline.recipe.problems import Place, Problem, RecipeError, display_key, shown
+from pipeline.recipe.problems import KeyPath, Place, Problem, RecipeError, display_key, shown
 
 MOST_BYTES = 256 * 1024
 MOST_LEVELS = 20
@@ -45,6 +45,23 @@ class Node:
         if isinstance(self.value, list) and isinstance(key, int) and 0 <= key < len(self.value):
             return self.value[key]
         return None
+
+    def at(self, path: KeyPath) -> Node | None:
+        """The node under a path of keys and indices, None where it leads nowhere."""
+        node: Node | None = self
+        for key in path:
+            node = node.child(key) if node is not None else None
+        return node
+
+    def nearest(self, path: KeyPath) -> Node:
+        """The node under a path, or the last one on the way to it."""
+        node = self
+        for key in path:
+            child = node.child(key)
+            if child is None:
+                break
+            node = child
+        return node
 
 
 # YAML 1.2.2, section 10.3.2: pattern, first characters.
@@ -230,6 +247,37 @@ def merged(under: Node, over: Node) -> Node:
     for key, child in over.value.items():
         entries[key] = merged(entries[key], child) if key in entries else child
     return Node(entries, over.place)
+
+
+def node_of(value: Any, place: Place) -> Node:
+    """A plain value as a tree, all of it at one place."""
+    if isinstance(value, dict):
+        return Node({key: node_of(child, place) for key, child in value.items()}, place)
+    if isinstance(value, list):
+        return Node([node_of(child, place) for child in value], place)
+    return Node(value, place)
+
+
+def edited(root: Node, path: KeyPath, value: Any) -> Node:
+    """`root` with a plain value at `path`, or without what is there where `value` is None."""
+    if not path:
+        return root if value is None else node_of(value, root.place)
+    key, *rest = path
+    if isinstance(root.value, dict) and isinstance(key, str):
+        entries = dict(root.value)
+        if rest or value is not None:
+            entries[key] = edited(entries.get(key, Node({}, root.place)), tuple(rest), value)
+        else:
+            entries.pop(key, None)
+        return replace(root, value=entries)
+    if isinstance(root.value, list) and isinstance(key, int) and key < len(root.value):
+        items = list(root.value)
+        if rest or value is not None:
+            items[key] = edited(items[key], tuple(rest), value)
+        else:
+            del items[key]
+        return replace(root, value=items)
+    return root
 
 
 def overridden(root: Node, path: Sequence[str], value: Node) -> Node:

@@ -7,9 +7,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pipeline.errors import UserError
+
+KeyPath: TypeAlias = tuple[str | int, ...]
+"""Where a value stands in the recipe: `("data", "train", 0, "path")`."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The recipe: one typed, frozen tree. Every section documents its own keys.
 
-Reading, overriding and error messages are in ``loader.py``. Nothing here imports torch, so that
-``--help`` and the schema stay instant.
+Reading, overriding and error messages are in ``loader.py``; ``training.py`` holds what trl's SFTConfig may be given.
+Nothing here imports torch, so that ``--help`` and the schema stay instant.
 """
 
 from __future__ import annotations
@@ -10,23 +10,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+LOCAL_OR_HUB = "local-or-hub"
+"""JSON schema format of a string that names a local path or a Hub id.
 
-class LocalOrHub:
-    """Marks a string key that names a local path or a Hub id.
+In a recipe file, a value that starts with ``./`` or ``../`` is relative to that file; on the command line it is
+relative to the working directory. Anything else is a path if it exists, else a Hub id.
+"""
 
-    In a recipe file, a value that starts with ``./`` or ``../`` is relative to that file; on the
-    command line it is relative to the working directory. Anything else is a path if it exists, else
-    a Hub id.
-    """
+PathOrHubId = Annotated[str, Field(json_schema_extra={"format": LOCAL_OR_HUB})]
+
+FORMAT_COLUMNS = {"alpaca": ("instruction", "input", "output"), "prompt-completion": ("prompt", "completion")}
+"""Columns of each data format; the last is the completion."""
 
 
-PathOrHubId = Annotated[str, LocalOrHub()]
+class Contradiction(ValueError):
+    """Values that are right one by one, but not together."""
+
+    def __init__(self, *problems: tuple[tuple[str, ...], str]) -> None:
+        """Each problem: the dotted keys it concerns, relative to the section that raises, and what to do."""
+        self.problems = problems
+        super().__init__("; ".join(message for _, message in problems))
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Base(Section):
@@ -49,6 +60,17 @@ class Base(Section):
     trust_remote_code: bool = False
     """Run Python code that the model repository ships. Off unless you have read that code."""
 
+    @model_validator(mode="after")
+    def _attention_takes_the_dtype(self) -> Base:
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise Contradiction(
+                (
+                    ("attention", "dtype"),
+                    "flash_attention_2 computes in 16 bit only, and base.dtype is float32: use sdpa, or bfloat16",
+                )
+            )
+        return self
+
 
 class Dropout(Section):
     """LoRA Dropout (Lin et al., arXiv 2404.09610, equations 1-3 and 7)."""
@@ -63,6 +85,18 @@ class Dropout(Section):
     """The N copies as one batch of N x rows, or one after another with 1/N of the activation memory."""
     rescale: bool = True
     """Scale each kept feature by 1/(1-p), so that the mean adapter is BA. `false` is equation 2 verbatim."""
+
+    @model_validator(mode="after")
+    def _instances_differ(self) -> Dropout:
+        if self.rate == 0 and self.instances > 1:
+            raise Contradiction(
+                (
+                    ("rate", "instances"),
+                    f"at rate 0 all {self.instances} instances are the same model, at {self.instances} times the cost: "
+                    "set adapter.dropout.instances to 1",
+                )
+            )
+        return self
 
 
 class Adapter(Section):
@@ -84,9 +118,12 @@ class Adapter(Section):
     @model_validator(mode="after")
     def _one_kind_of_dropout(self) -> Adapter:
         if self.input_dropout > 0 and self.dropout.rate > 0:
-            raise ValueError(
-                "input_dropout and dropout.rate are both above 0; the two regularisers are compared, "
-                "not combined: set one of them to 0"
+            raise Contradiction(
+                (
+                    ("input_dropout", "dropout.rate"),
+                    f"found {self.input_dropout} beside adapter.dropout.rate {self.dropout.rate}; the two regularisers "
+                    "are compared, not combined: set one of them to 0",
+                )
             )
         return self
 
@@ -109,6 +146,22 @@ class Source(Section):
     limit: int | None = Field(default=None, ge=1)
     """Use only the first rows."""
 
+    @model_validator(mode="after")
+    def _columns_belong_to_the_format(self) -> Source:
+        known = FORMAT_COLUMNS[self.format]
+        problems = [
+            (
+                (f"columns.{column}",),
+                f"the format {self.format} has the columns {', '.join(known)}; `columns` maps one of them to yours, "
+                f"e.g. {{{known[-1]}: {self.columns[column]}}}",
+            )
+            for column in self.columns
+            if column not in known
+        ]
+        if problems:
+            raise Contradiction(*problems)
+        return self
+
 
 class Validation(Section):
     """Held-out rows, for the validation loss: a fraction of the training rows, or a source of their own."""
@@ -123,7 +176,13 @@ class Validation(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> Validation:
         if (self.fraction is None) == (self.source is None):
-            raise ValueError("give exactly one of fraction (a part of the training rows) and source (rows of their own)")
+            raise Contradiction(
+                (
+                    ("fraction", "source"),
+                    f"found {'neither' if self.fraction is None else 'both'}, expected exactly one of fraction (a part "
+                    "of the training rows) and source (rows of their own)",
+                )
+            )
         return self
 
 
@@ -186,7 +245,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the output folders."""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Seeds initialisation, data order and masks."""
     output: str = "outputs"
     """Folder of training runs; this run writes to `<output>/<name>`."""
@@ -200,25 +259,30 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:
-        problems = [
-            message
-            for broken, message in (
+        zero, offload = self.distributed.zero, self.distributed.offload
+        problems: list[tuple[tuple[str, ...], str]] = []
+        if self.base.quantization == "int8" and zero == 3:
+            problems.append(
                 (
-                    self.base.quantization == "int8" and self.distributed.zero == 3,
-                    "base.quantization int8 cannot be sharded by distributed.zero 3 (bitsandbytes keeps the whole "
-                    "int8 weight in each layer's state): use nf4, or zero 2 or less",
-                ),
-                (
-                    self.distributed.offload == "all" and self.distributed.zero != 3,
-                    "distributed.offload all needs distributed.zero 3: below it weights are not DeepSpeed's to move",
-                ),
-                (
-                    self.distributed.offload == "optimizer" and self.distributed.zero == 0,
-                    "distributed.offload optimizer needs distributed.zero 1, 2 or 3",
-                ),
+                    ("distributed.zero", "base.quantization"),
+                    "zero 3 cannot shard base.quantization int8 (bitsandbytes keeps the whole int8 weight in each "
+                    "layer's state): use nf4, or zero 2 or less",
+                )
             )
-            if broken
-        ]
+        if offload == "all" and zero != 3:
+            problems.append(
+                (
+                    ("distributed.offload", "distributed.zero"),
+                    f"all needs distributed.zero 3, found {zero}: below it weights are not DeepSpeed's to move",
+                )
+            )
+        if offload == "optimizer" and zero == 0:
+            problems.append(
+                (
+                    ("distributed.offload", "distributed.zero"),
+                    "optimizer needs distributed.zero 1, 2 or 3, found 0",
+                )
+            )
         if problems:
-            raise ValueError("; ".join(problems))
+            raise Contradiction(*problems)
         return self
