@@ -1,0 +1,287 @@
+"""The report of one evaluation: ``results.json`` in, ``report.md`` and a self-contained ``report.html`` out.
+
+Everything shown comes from ``results.json``; equal input gives equal bytes. The HTML loads nothing and
+needs no script.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup, escape
+
+from eval import scores
+from eval.overfitting import evaluations, loss_curves, loss_sentences, training_loss_sentences
+from eval.plots import MOST_ROWS, both_widths, logarithmic, losses_figure, scores_figure
+from eval.scores import ScoreRow
+from pipeline.errors import UserError
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """``results.json`` of an evaluation folder. Raises UserError where it is missing, broken or not ours."""
+    path = folder / "results.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no results.json here; expected a folder that launch/evaluate.py wrote")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); evaluate again") from error
+    ours = results.get("lora_dropout") if isinstance(results, dict) else None
+    if not isinstance(ours, dict) or "systems" not in ours:
+        raise UserError(
+            f"{path}: no section lora_dropout.systems; expected the file that launch/evaluate.py writes, "
+            "stock lm-eval results have no systems to compare"
+        )
+    return results
+
+
+def write_report(folder: Path) -> None:
+    """Writes ``report.md`` and ``report.html`` beside ``results.json``."""
+    context = report_context(read_results(folder))
+    for name, autoescape in (("report.html", True), ("report.md", False)):
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(TEMPLATES),
+            autoescape=autoescape,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        environment.filters |= {
+            "score": scores.score_text,
+            "interval": scores.interval_text,
+            "cell": markdown_cell,
+            "breakable": breakable,
+        }
+        text = environment.get_template(f"{name}.j2").render(context)
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def report_context(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What both templates show."""
+    ours = results["lora_dropout"]
+    recipe = ours.get("recipe") or {}
+    history = ours.get("history") or []
+    rows = scores.score_rows(results)
+    labels = {name: system_label(name, ours) for name in scores.SYSTEMS if name in ours["systems"]}
+    curves = loss_curves(history)
+    shown = [row for row in rows if not row.subtask]
+    drawn = [row for row in shown if row.percent and row.scores][:MOST_ROWS]
+    return {
+        "name": recipe.get("name", "evaluation"),
+        "verdict": score_sentences(shown, labels) + loss_sentences(evaluations(history))[:1],
+        "notes": notes(results, history),
+        "labels": labels,
+        "rows": shown,
+        "subtask_rows": [row for row in rows if row.subtask],
+        "interval_note": interval_note(rows),
+        "scores_svg": Markup(both_widths(partial(scores_figure, drawn), "scores")) if drawn else None,
+        "drawn": len(drawn),
+        "drawable": sum(row.percent for row in shown),
+        "log_losses": bool(curves) and logarithmic(curves),
+        "losses_svg": Markup(both_widths(partial(losses_figure, curves), "losses")) if curves else None,
+        "loss_words": loss_sentences(evaluations(history)) + training_loss_sentences(history, evaluations(history)),
+        "costs": cost_rows(ours, labels),
+        "cost_words": cost_sentences(ours),
+        "settings": setting_rows(ours),
+        "provenance": provenance_tables(results),
+        "recipe": ours.get("recipe_yaml") or (yaml.safe_dump(recipe, sort_keys=False) if recipe else ""),
+        "css": Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+    }
+
+
+def markdown_cell(text: Any) -> str:
+    """Text inside a Markdown table: bars, markup and line ends would break it."""
+    plain = str(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return " ".join(plain.split())
+
+
+def breakable(text: str) -> Markup:
+    """A name in HTML that may break after underscores only."""
+    return escape(text).replace("_", Markup("_<wbr>"))
+
+
+def system_label(name: str, ours: Mapping[str, Any]) -> str:
+    """The words for a system, with the number of members."""
+    if name == "ensemble":
+        return f"ensemble of {ours['ensemble']['instances']}" if ours.get("ensemble") else "ensemble"
+    return {"base": "base", "deterministic": "deterministic adapter"}[name]
+
+
+def capital(text: str) -> str:
+    """The first letter upper case, the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
+def score_sentences(rows: Sequence[ScoreRow], labels: Mapping[str, str]) -> list[str]:
+    """The verdict: each task's first metric, best-equipped system first; three tasks at most."""
+    first = list({row.task: row for row in reversed(rows) if row.scores}.values())[::-1]
+    sentences = []
+    for row in first[:3]:
+        named = [(labels[name], scores.score_text(found, row.percent)) for name, found in row.scores.items()][::-1]
+        of = "" if row.percent and row.metric == "accuracy" else f" {row.metric}"
+        others = "".join(f"; {label} {text}" for label, text in named[1:])
+        sentences.append(f"{capital(named[0][0])}: {named[0][1]}{of} on {row.task}{others}.")
+    if len(first) > 3:
+        sentences.append(f"{len(first) - 3} more tasks are in the table.")
+    return sentences or ["No task gave a score."]
+
+
+def interval_note(rows: Sequence[ScoreRow]) -> str:
+    """Which interval is drawn, for the kinds that occur."""
+    kinds = {found.interval for row in rows for found in row.scores.values()}
+    if not kinds & {"Wilson", "normal"}:
+        return "No standard errors were recorded, so no intervals are drawn."
+    meaning = {
+        "Wilson": "Wilson for shares of right answers over independent documents",
+        "normal": "normal, ±1.96 standard errors, for other scores",
+        "": "none where no standard error is known",
+    }
+    named = [meaning[kind] for kind in ("Wilson", "normal", "") if kind in kinds]
+    return (
+        f"± is one standard error over documents; ranges and whiskers are 95 % intervals ({'; '.join(named)}). "
+        "All systems answer the same documents, so overlapping intervals do not mean equal systems, and none of "
+        "this speaks of another training seed."
+    )
+
+
+def notes(results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader must know before the numbers."""
+    ours = results["lora_dropout"]
+    systems, settings = ours["systems"], ours.get("adapter_settings") or {}
+    rate = settings.get("rate")
+    found = []
+    if ours.get("limit") is not None:
+        found.append(
+            f"First {ours['limit']} documents of each task only (eval.limit): a trial, not a benchmark result."
+        )
+    if not ours.get("adapter"):
+        found.append("No adapter was given: these are scores of the base model.")
+    elif "ensemble" not in systems:
+        untrained = "the adapter was trained without LoRA Dropout (rate 0)"
+        found.append(f"No ensemble was evaluated: {untrained if rate == 0 else 'eval.systems does not ask for it'}.")
+    if "ensemble" in systems and rate == 0:
+        found.append("The adapter was trained without LoRA Dropout; masks at test time only usually lower the score.")
+    broken = [
+        str(line["step"])
+        for line in history
+        for key in ("loss", "validation_loss")
+        if line.get(key) is not None and not math.isfinite(line[key])
+    ]
+    if broken:
+        found.append(
+            f"Loss was not a finite number at step {', '.join(broken[:5])}: the training broke, the curves omit it."
+        )
+    return found
+
+
+def duration(seconds: float) -> str:
+    """``8.4 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if round(seconds) < 3600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
+    return f"{round(seconds) // 3600} h {round(seconds) % 3600 // 60:02d} min"
+
+
+def cost_rows(ours: Mapping[str, Any], labels: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """(system, time, ratio to the deterministic adapter) for every system that was timed."""
+    seconds = {name: ours["systems"][name]["seconds"] for name in labels if ours["systems"][name].get("seconds")}
+    reference = seconds.get("deterministic")
+    return [
+        (labels[name], duration(spent), f"{spent / reference:.2f} \N{MULTIPLICATION SIGN}" if reference else "")
+        for name, spent in seconds.items()
+    ]
+
+
+def cost_sentences(ours: Mapping[str, Any]) -> list[str]:
+    """The ensemble's price, and what training took."""
+    seconds = {name: system["seconds"] for name, system in ours["systems"].items() if system.get("seconds")}
+    found = []
+    if {"ensemble", "deterministic"} <= seconds.keys() and ours.get("ensemble"):
+        ratio = seconds["ensemble"] / seconds["deterministic"]
+        found.append(f"{ours['ensemble']['instances']} members took {ratio:.2f} times as long as the single adapter.")
+    history = ours.get("history") or []
+    speeds = [line["tokens_per_second"] for line in history if line.get("tokens_per_second")]
+    memory = [line["peak_memory_bytes"] for line in history if line.get("peak_memory_bytes")]
+    if speeds:
+        found.append(
+            f"Training ran at {sorted(speeds)[len(speeds) // 2]:,.0f} tokens/s (median of the log)"
+            + (f" with a peak of {max(memory) / 2**30:.2f} GiB of memory." if memory else ".")
+        )
+    return found
+
+
+def setting_rows(ours: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(setting, value): the adapter's own settings come before the recipe's."""
+    recipe = ours.get("recipe") or {}
+    base, adapter, evaluation = recipe.get("base", {}), recipe.get("adapter", {}), recipe.get("eval", {})
+    trained = adapter.get("dropout", {}) | (ours.get("adapter_settings") or {})
+    ensemble = ours.get("ensemble")
+    storage = {"nf4": "4-bit nf4", "int8": "8-bit int8", "none": "not quantised"}
+    quantised = storage.get(base.get("quantization", ""))
+    fewshot = evaluation.get("num_fewshot")
+    found = [
+        ("Base model", " · ".join(str(part) for part in (base.get("model"), quantised, base.get("dtype")) if part)),
+        ("Adapter", ours.get("adapter") or "none"),
+        ("Rank, alpha", f"{adapter['rank']}, {adapter['alpha']:g}" if {"rank", "alpha"} <= adapter.keys() else ""),
+        ("Dropout rate p", f"{trained['rate']:g}" if "rate" in trained else ""),
+        (
+            "Training instances N",
+            f"{trained['instances']}, a mask per {trained['sampling']}"
+            if {"instances", "sampling"} <= trained.keys()
+            else "",
+        ),
+        (
+            "Rescale by 1/(1-p)",
+            {True: "yes", False: "no (equation 2 verbatim, folded into alpha)"}.get(trained.get("rescale"), ""),
+        ),
+        (
+            "Test ensemble",
+            f"{ensemble['instances']} members, average of {ensemble['average']} at every token" if ensemble else "none",
+        ),
+        (
+            "Prompt",
+            {"task": "the task's own", "training": "the training prompt around the task's text"}.get(
+                ours.get("prompt") or evaluation.get("prompt", ""), ""
+            ),
+        ),
+        ("Few-shot examples", "each task's own number" if fewshot is None else str(fewshot)),
+        ("Documents", f"first {ours['limit']} of each task" if ours.get("limit") is not None else "all"),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def provenance_tables(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """(title, rows): training, evaluation and task versions, each value as lines of text."""
+    recorded = results["lora_dropout"].get("provenance") or {}
+    parts = [
+        (capital(str(name)), {key.replace("_", " "): value for key, value in part.items()})
+        for name, part in recorded.items()
+        if isinstance(part, Mapping) and part
+    ]
+    tasks = {name: f"version {version}" for name, version in results.get("versions", {}).items()}
+    if tasks:
+        parts.append(("Tasks", tasks))
+    return [
+        (title, [(name, value_lines(value)) for name, value in part.items() if value is not None])
+        for title, part in parts
+    ]
+
+
+def value_lines(value: Any) -> list[str]:
+    """A recorded value as lines: a mapping as ``key value`` pairs, a list with one line per item."""
+    if isinstance(value, Mapping):
+        return [", ".join(f"{key} {' '.join(value_lines(item))}" for key, item in value.items())]
+    if isinstance(value, list):
+        return [line for item in value for line in value_lines(item)]
+    return [{True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)]

@@ -1,0 +1,158 @@
+"""Synthetic results.json in the shape that eval/run.py writes, for the tests of the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+RECIPE = {
+    "name": "pocket-example",
+    "seed": 7,
+    "base": {"model": "recipes/pocket/base", "quantization": "nf4", "dtype": "bfloat16"},
+    "adapter": {
+        "method": "lora",
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": {"rate": 0.5, "instances": 2, "sampling": "example", "rescale": True},
+    },
+    "data": {
+        "train": [{"path": "recipes/pocket/data/train.jsonl", "format": "alpaca"}],
+        "validation": {"fraction": 0.05},
+    },
+    "training": {"learning_rate": 1e-3, "num_train_epochs": 3},
+    "eval": {
+        "tasks": ["pocket_sentiment", "pocket_capitals", "pocket_reverse"],
+        "prompt": "training",
+        "systems": ["base", "deterministic", "ensemble"],
+        "ensemble": {"instances": 8, "average": "logits"},
+    },
+}
+
+
+def proportion(right: int, documents: int, metric: str = "acc,none") -> dict[str, float]:
+    """A 0/1 metric as lm-eval gives it: the mean, and the standard error with n - 1."""
+    value = right / documents
+    name, _, filtered = metric.partition(",")
+    return {metric: value, f"{name}_stderr,{filtered}": math.sqrt(value * (1 - value) / (documents - 1))}
+
+
+def history(steps: int = 300, turn: int = 180) -> list[dict[str, float]]:
+    """A training log whose validation loss is lowest near step ``turn``, while the probe goes on falling."""
+    noise = random.Random(0)
+    lines: list[dict[str, float]] = []
+    for step in range(10, steps + 1, 10):
+        fit = 0.25 + 3.2 * math.exp(-step / 45)
+        lines.append(
+            {
+                "step": step,
+                "epoch": step / 100,
+                "loss": fit + 0.15 + noise.uniform(-0.08, 0.08),
+                "learning_rate": 1e-3,
+                "gradient_norm": 1.1,
+                "tokens_per_second": 4100.0 + step,
+                "peak_memory_bytes": 1.4e9,
+                "time": 12.0 * step,
+            }
+        )
+        if step % 30 == 0:
+            lines.append(
+                {
+                    "step": step,
+                    "epoch": step / 100,
+                    "probe_loss": fit,
+                    "time": 12.0 * step,
+                    "validation_loss": fit + 0.06 + 0.000012 * max(0, step - turn) ** 2,
+                }
+            )
+    return lines
+
+
+def synthetic_results() -> dict[str, Any]:
+    """Three tasks, three systems, a full history."""
+    systems = {
+        "base": {
+            "results": {
+                "pocket_sentiment": {"alias": "pocket_sentiment", **proportion(331, 1000)},
+                "pocket_capitals": {"alias": "pocket_capitals", **proportion(51, 200)},
+                "pocket_reverse": {"alias": "pocket_reverse", **proportion(0, 150, "exact_match,strict")},
+            },
+            "seconds": 21.31,
+        },
+        "deterministic": {
+            "results": {
+                "pocket_sentiment": proportion(699, 1000),
+                "pocket_capitals": proportion(117, 200),
+                "pocket_reverse": proportion(64, 150, "exact_match,strict"),
+            },
+            "seconds": 22.87,
+        },
+        "ensemble": {
+            "results": {
+                "pocket_sentiment": proportion(712, 1000),
+                "pocket_capitals": proportion(121, 200),
+                "pocket_reverse": proportion(71, 150, "exact_match,strict"),
+            },
+            "seconds": 88.02,
+        },
+    }
+    versions = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "lm_eval": "0.4.13"}
+    return {
+        "results": systems["ensemble"]["results"],
+        "group_subtasks": {},
+        "versions": {"pocket_sentiment": 1.0, "pocket_capitals": 1.0, "pocket_reverse": 1.0},
+        "n-shot": {"pocket_sentiment": 0, "pocket_capitals": 0, "pocket_reverse": 0},
+        "higher_is_better": {
+            "pocket_sentiment": {"acc": True},
+            "pocket_capitals": {"acc": True},
+            "pocket_reverse": {"exact_match": True},
+        },
+        "n-samples": {
+            "pocket_sentiment": {"original": 1000, "effective": 1000},
+            "pocket_capitals": {"original": 200, "effective": 200},
+            "pocket_reverse": {"original": 150, "effective": 150},
+        },
+        "lora_dropout": {
+            "systems": systems,
+            "ensemble": {"instances": 8, "average": "logits", "seed": 7},
+            "adapter_settings": {"rate": 0.5, "instances": 2, "sampling": "example", "rescale": True, "alpha": 32.0},
+            "adapter": "outputs/pocket-example",
+            "limit": None,
+            "prompt": "training",
+            "provenance": {
+                "training": {
+                    "recipe_sha256": "4fd1c6" + 58 * "0",
+                    "versions": versions,
+                    "git": {"commit": "0123abc", "dirty": False},
+                    "data": [{"path": "recipes/pocket/data/train.jsonl", "rows": 2000, "sha256": 64 * "a"}],
+                    "seed": 7,
+                    "host": "node1",
+                    "device": "cpu",
+                    "command": "launch/sft.py recipes/pocket/example.yaml",
+                    "started": "2026-11-22T09:00:00Z",
+                    "finished": "2026-11-22T09:04:02Z",
+                },
+                "evaluation": {
+                    "versions": versions,
+                    "git": {"commit": "0123abc", "dirty": True},
+                    "host": "node1",
+                    "device": "cpu",
+                    "command": "launch/evaluate.py recipes/pocket/example.yaml",
+                    "started": "2026-11-22T09:04:10Z",
+                    "finished": "2026-11-22T09:06:40Z",
+                },
+            },
+            "recipe": RECIPE,
+            "recipe_yaml": "name: pocket-example\nseed: 7\nbase:\n  model: recipes/pocket/base\n",
+            "history": history(),
+        },
+    }
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> Path:
+    """The folder, with the results in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    return folder
