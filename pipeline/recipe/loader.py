@@ -31,7 +31,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     problems: list[Problem] = []
     root = _read_chain(Path(path), (), problems)
     root = _with_overrides(root, overrides, problems)
-    recipe = validated(root, problems)
+    whole = all(problem.key != "extends" for problem in problems)
+    recipe = validated(root, problems, whole)
     if recipe is None or problems:
         raise RecipeError(problems)
     return recipe

@@ -68,7 +68,7 @@ class Node:
 _CORE_SCHEMA = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (r"[-+]?[0-9]{1,4000}|0o[0-7]{1,4000}|0x[0-9a-fA-F]{1,4000}", list("-+0123456789")),
+    "int": (r"[-+]?[0-9]{1,40}|0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}", list("-+0123456789")),
     "float": (
         r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.nan|\.NaN|\.NAN",
         list("-+.0123456789"),
@@ -93,9 +93,10 @@ class _Composer(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, ya
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
-        if event.anchor is not None:  # an alias event carries its anchor's name too
-            self._refuse(f"anchors and aliases (&{event.anchor}, *{event.anchor}) are not read: write the value out")
-        if getattr(event, "tag", None) is not None:
+        if event.anchor is not None:  # of an anchor, or of an alias
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            self._refuse(f"found {sign}{event.anchor}; anchors and aliases are not read: write the value out")
+        if not isinstance(event, yaml.AliasEvent) and event.tag is not None:
             self._refuse(f"the tag {event.tag} is not read: write the plain value")
         if self.levels == MOST_LEVELS:
             self._refuse(f"nested more than {MOST_LEVELS} levels deep")
@@ -117,7 +118,7 @@ class Yaml12Dumper(yaml.SafeDumper):
 
 for _tag, (_pattern, _first) in _CORE_SCHEMA.items():
     for _resolver in (_Yaml12Resolver, Yaml12Dumper):
-        _resolver.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+        _resolver.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 def read_file(path: Path) -> tuple[Node, list[Problem]]:
@@ -200,6 +201,7 @@ _PLAIN_WORDS = {
     "found character '`' that cannot start any token": "a text that starts with a backtick; quote it",
     "expected <block end>, but found '<block mapping start>'": "a key that is indented unlike the keys beside it",
     "expected <block end>, but found '-'": "a list item that is indented unlike the items beside it",
+    "expected the node content, but found '<stream end>'": "a list or mapping that is not closed",
     "found unexpected end of stream": "the file ends inside a quoted text; close the quote",
     "expected ',' or ']'": "a list that is not closed; expected a comma or ]",
     "expected ',' or '}'": "a mapping that is not closed; expected a comma or }",
@@ -216,7 +218,7 @@ def _syntax_problem(error: yaml.YAMLError, text: str, place: Place) -> Problem:
         return Problem(place.at(line), "", f"not valid YAML: {plain or found}")
     if isinstance(error, yaml.reader.ReaderError):
         line = text[: error.position].count("\n") + 1
-        return Problem(place.at(line), "", f"not valid YAML: the character U+{ord(error.character):04X} is not allowed")
+        return Problem(place.at(line), "", f"not valid YAML: the character U+{error.character:04X} is not allowed")
     return Problem(place, "", f"not valid YAML: {error}")
 
 
@@ -227,16 +229,10 @@ def _missing_file(path: Path) -> str:
     folder = path.parent
     while not folder.is_dir():
         folder = folder.parent
-    candidates = {entry.relative_to(folder).as_posix(): entry for entry in _yaml_files(folder)}
-    wanted = path.name if folder == path.parent else path.relative_to(folder).as_posix()
-    near = difflib.get_close_matches(wanted, candidates, n=3, cutoff=0.5)
-    if not near:
-        near = [name for name, entry in candidates.items() if entry.stem == path.stem][:3]
-    return "no such file" + (f"; did you mean {' or '.join(str(folder / name) for name in near)}?" if near else "")
-
-
-def _yaml_files(folder: Path) -> list[Path]:
-    return [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))][:1000]
+    files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
+    close = difflib.get_close_matches(path.name, {file.name for file in files}, n=3)
+    near = [str(file) for name in close for file in files if file.name == name][:3]
+    return "no such file" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 def merged(under: Node, over: Node) -> Node:

@@ -250,12 +250,17 @@ class Recipe(Section):
     output: str = "outputs"
     """Folder of training runs; this run writes to `<output>/<name>`."""
     base: Base
+    """The model that is adapted, and how it is stored."""
     adapter: Adapter = Adapter()
+    """The adapter that is trained."""
     data: Data
+    """What it is trained and measured on."""
     training: dict[str, Any] = {}
     """Any field of trl's SFTConfig under its own name, checked against it, unless another section owns it."""
     distributed: Distributed = Distributed()
+    """How memory is shared between processes."""
     eval: Eval = Eval()
+    """The evaluation stage."""
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:

@@ -190,7 +190,8 @@ def accepted_types() -> Mapping[str, Any]:
 
 def _recipe_type(field: dataclasses.Field[Any]) -> Any:
     if "choices" in field.metadata:
-        return Literal[tuple(field.metadata["choices"])]
+        words: Any = Literal[tuple(field.metadata["choices"])]
+        return Union[words, None] if type(None) in get_args(field.type) else words  # noqa: UP007
     return _plain_type(field.type)
 
 
@@ -222,10 +223,11 @@ def field_schemas() -> dict[str, Schema]:
     schemas: dict[str, Schema] = {}
     for name in accepted_types():
         field = _sft_fields()[name]
+        default = DEFAULTS.get(name, field.default)
         schemas[name] = {
             **_adapter(name).json_schema(),
             "description": field.metadata.get("help", "").replace("%%", "%"),
-            **({"default": field.default} if isinstance(field.default, bool | int | float | str) else {}),
+            **({"default": default} if isinstance(default, bool | int | float | str | list) else {}),
         }
     return schemas
 
@@ -273,7 +275,11 @@ def effective_training(recipe: Recipe) -> dict[str, Any]:
 
 def sft_contradictions(recipe: Recipe) -> Contradiction | None:
     """Fields that are right one by one, but not together or not with another section; None where all agree."""
-    problems = [*_evaluation_contradictions(recipe), *_checkpointing_contradictions(recipe)]
+    problems = [
+        *_evaluation_contradictions(recipe),
+        *_checkpointing_contradictions(recipe),
+        *_fractional_steps(recipe),
+    ]
     return Contradiction(*problems) if problems else None
 
 
@@ -318,3 +324,13 @@ def _checkpointing_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, .
         if recipe.distributed.zero == 3 and isinstance(settings, dict) and settings.get("use_reentrant") is False:
             message = "use_reentrant false does not work under distributed.zero 3: recomputation meets sharded weights"
             yield (f"training.{key}", "distributed.zero"), message
+
+
+def _fractional_steps(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    for key in ("logging_steps", "eval_steps", "save_steps"):
+        steps = recipe.training.get(key)
+        if isinstance(steps, float) and steps > 1 and not steps.is_integer():
+            yield (
+                (f"training.{key}",),
+                f"found {steps}, expected a whole number of steps, or below 1 a share of them all",
+            )

@@ -16,13 +16,19 @@ from pipeline.recipe.training import sft_contradictions, sft_field_names, traini
 from pipeline.recipe.words import expected, hint
 
 MOST_ROUNDS = 10
+MISSING = "missing"
 
 
-def validated(root: Node, problems: list[Problem]) -> Recipe | None:
+def validated(root: Node, problems: list[Problem], whole: bool = True) -> Recipe | None:
     """The recipe in a tree; what is wrong with it is added to `problems`, and None returned.
 
     pydantic looks for contradictions only where every value is right. So that all problems are found at once, wrong
     values are taken out, missing ones stood in for, and the rest is validated again.
+
+    Args:
+        root: the tree.
+        problems: added to.
+        whole: whether all that the recipe extends could be read; if not, a missing key says nothing.
     """
     training = root.child("training")
     if training is not None:
@@ -36,7 +42,9 @@ def validated(root: Node, problems: list[Problem]) -> Recipe | None:
                 problems += _contradictions(contradiction, (), tree, repaired)
             return recipe if not repaired else None
         except ValidationError as error:
-            tree, repaired = _judged(error, tree, repaired, problems)
+            found: list[Problem] = []
+            tree, repaired = _judged(error, tree, repaired, found)
+            problems += [problem for problem in found if whole or not problem.message.startswith(MISSING)]
     return None
 
 
@@ -108,7 +116,7 @@ def _problem(path: KeyPath, kind: str, tree: Node) -> Problem:
     place = tree.nearest(path).place
     schema = schema_at(path)
     if kind == "missing" and schema is not None:
-        return Problem(place, display_key(path), f"missing; expected {expected(schema)}")
+        return Problem(place, display_key(path), f"{MISSING}; expected {expected(schema)}")
     node = tree.at(path)
     value = node.plain() if node is not None else None
     if kind == "extra_forbidden":
