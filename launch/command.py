@@ -1,0 +1,30 @@
+"""How every command ends: 0 done, 2 bad input (said without a traceback), 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from pipeline.errors import UserError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def run_command(command: Callable[..., None]) -> None:
+    """Parse the command line, run, and exit with the status that tells what happened."""
+    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    application.command()(command)
+    try:
+        application()
+    except UserError as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(str(error)))
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)

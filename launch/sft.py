@@ -1,0 +1,51 @@
+"""Train an adapter from a recipe, then evaluate it.
+
+deepspeed launch/sft.py recipes/alpaca.yaml [key=value ...]
+python    launch/sft.py recipes/alpaca.yaml [key=value ...]     one process, no DeepSpeed
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # python puts launch/ first, where evaluate.py shadows a package
+
+import typer
+
+from launch.command import run_command
+
+Recipe_ = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/alpaca.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="e.g. adapter.dropout.rate=0.3")
+]
+
+
+def sft(
+    recipe_file: Recipe_,
+    overrides: Overrides = None,
+    evaluation: Annotated[bool, typer.Option("--eval/--no-eval", help="Run the recipe's evaluation stage.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run of the same name first.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Train the adapter that RECIPE describes, then evaluate it."""
+    from pipeline.environment import prepare_environment
+
+    prepare_environment()
+    from eval.run import evaluate
+
+    from eval.tasks import check_tasks
+    from pipeline.recipe import load_recipe
+    from pipeline.train import train
+
+    recipe = load_recipe(recipe_file, overrides or [])
+    if evaluation:
+        check_tasks(recipe)
+    folder = train(recipe, overwrite=overwrite)
+    if evaluation and recipe.eval.tasks:
+        evaluate(recipe, folder)
+
+
+if __name__ == "__main__":
+    run_command(sft)

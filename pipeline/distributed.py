@@ -1,0 +1,115 @@
+"""Processes and DeepSpeed: who am I, and what is sharded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+
+def rank() -> int:
+    """Global rank of this process, from the launcher's environment; 0 under plain ``python``."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes, from the launcher's environment; 1 under plain ``python``."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks on the screen."""
+    return rank() == 0
+
+
+def launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun, accelerate) started this process: then DeepSpeed trains."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def zero_stage(recipe: Recipe) -> int:
+    """ZeRO stage in force: the recipe's under a launcher, 0 under plain ``python``."""
+    return recipe.distributed.zero if launched() else 0
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Refuse an offload that nothing would carry out.
+
+    Raises:
+        UserError: offload asked for without a launcher.
+    """
+    if not launched() and recipe.distributed.offload != "none":
+        raise UserError(
+            f"distributed.offload: {recipe.distributed.offload!r} is DeepSpeed's, which plain `python` does not run.\n"
+            "Start with `deepspeed --num_gpus 1 launch/sft.py ...`, or set distributed.offload=none."
+        )
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, object] | None:
+    """DeepSpeed's configuration, or None under plain ``python``. ``"auto"`` values are filled in by transformers."""
+    if not launched():
+        return None
+    stage, offload = recipe.distributed.zero, recipe.distributed.offload
+    zero: dict[str, object] = {"stage": stage}
+    if offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "zero_optimization": zero,
+        "bf16": {"enabled": recipe.base.dtype == "bfloat16"},
+        "fp16": {"enabled": recipe.base.dtype == "float16"},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        # the optimizer is SFTConfig's under every stage, offloaded or not, so that a recipe means one thing
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,  # our own log line says it
+    }
+
+
+def register_adapter_weights(model: nn.Module) -> None:
+    """Tell ZeRO-3 that a LoRA layer's forward reads the weights of its A and B.
+
+    Stock peft calls A and B as modules, whose hooks gather the weights. LoRA Dropout multiplies the weights by
+    masks first, in the layer's own forward. ``register_external_parameter`` is DeepSpeed's interface for that.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for weights in (module.lora_A, module.lora_B):
+                for linear in weights.values():
+                    register_external_parameter(module, linear.weight)
+
+
+@contextmanager
+def whole_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Context in which ZeRO-3's shards of these parameters are whole on every rank; below ZeRO-3 they always are."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        context = deepspeed.zero.GatheredParameters(parameters)
+    else:
+        context = nullcontext()
+    with context:
+        yield
+
+
+def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's weights, whole, on the CPU, under peft's names. Every rank must call it (ZeRO-3 gathers)."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with whole_parameters(list(trainable.values())):
+        whole = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainable.items()}
+    return {name: weight.contiguous() for name, weight in get_peft_model_state_dict(model, state_dict=whole).items()}

@@ -1,0 +1,23 @@
+"""Process-wide settings that must stand before the heavy libraries are imported."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+
+def prepare_environment() -> None:
+    """Call first thing in a command, before importing transformers, trl or deepspeed.
+
+    Values that the user has set are kept.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # trl pings the Hub whenever a trainer is built
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every fork of a data loader warns
+    # torch and bitsandbytes bring an OpenMP pool each; waiting threads of one must not spin on the other's cores
+    # (measured: 9 min against 36 s for the same 12 steps on a busy 4-core machine)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # our stages announce themselves
+    # deepspeed's op builder and pkg_resources-era imports warn at import; nothing a user of ours can act on
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,0 +1,90 @@
+"""Names that may be local paths or Hub ids, and what to say when one cannot be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from pipeline.errors import UserError
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only be meant as a local path: Hub ids are ``name`` or ``owner/name``."""
+    return (
+        name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in {".json", ".jsonl", ".parquet"}
+    )
+
+
+def check_local(name: str, key: str) -> None:
+    """Raise ``UserError`` for a name that can only be a local path and does not exist."""
+    if looks_like_path(name) and not Path(name).expanduser().exists():
+        raise UserError(
+            f"{key}: found {name!r}, which does not exist (looked from {Path.cwd()}).\n"
+            "Expected a file or folder; give its path from the working directory, or an absolute one."
+        )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and the errors that led to it."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _hub_message(name: str, key: str, error: BaseException) -> str | None:
+    """Plain words for a Hub error, or None where the error is of another kind."""
+    causes = list(_chain(error))
+    status = next(
+        (e.response.status_code for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None), None
+    )
+    if any(isinstance(e, GatedRepoError) for e in causes):
+        return (
+            f"{key}: {name!r} is a gated repository on the Hub (HTTP {status or 401}): it needs an accepted licence "
+            "and a login.\n"
+            f"Open https://huggingface.co/{name}, accept its terms, then run `hf auth login` or set HF_TOKEN."
+        )
+    if any(isinstance(e, RepositoryNotFoundError) for e in causes):
+        return (
+            f"{key}: the Hub knows no {name!r}, or it is private (HTTP {status or 404}).\n"
+            "Check the spelling; for a private repository run `hf auth login` or set HF_TOKEN."
+        )
+    if status in (401, 403):
+        return f"{key}: the Hub refused {name!r} (HTTP {status}). Run `hf auth login` or set HF_TOKEN."
+    unreachable = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError)
+    if any(isinstance(e, unreachable) or "couldn't connect" in str(e).lower() for e in causes):
+        return (
+            f"{key}: {name!r} is neither a local path nor in the local Hub cache, and the Hub cannot be reached.\n"
+            "Download it where there is a network (`hf download "
+            f"{name}`) and copy the cache or the folder here, or give a local path."
+        )
+    if any(isinstance(e, EntryNotFoundError) for e in causes):
+        return f"{key}: {name!r} lacks a file that is needed: {error}"
+    return None
+
+
+@contextmanager
+def hub_errors(name: str, key: str) -> Iterator[None]:
+    """Turn what Hugging Face libraries raise for an unreachable, gated or missing repository into ``UserError``.
+
+    Args:
+        name: the path or Hub id being loaded.
+        key: the recipe key it stands under.
+    """
+    try:
+        yield
+    except (OSError, ValueError, HfHubHTTPError, ConnectionError) as error:
+        message = _hub_message(name, key, error)
+        if message is None:
+            raise
+        raise UserError(message) from error

@@ -1,0 +1,116 @@
+"""What a person sees while a run trains: a bar, one line of plain words per logging step, and a file of both."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+# Our words for what trl logs; what is not named here goes to TensorBoard only.
+NAMES = {
+    "loss": "loss",
+    "eval_validation_loss": "validation_loss",
+    "eval_probe_loss": "probe_loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "gradient_norm",
+}
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held: of the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def plain_words(record: dict[str, Any], steps: int) -> str:
+    """One line for a person.
+
+    step 40/200 · loss 1.234 · learning rate 1.9e-04 · gradient norm 0.81 · 5,210 tokens/s · peak memory 1.2 GiB
+    """
+    parts = [f"step {record['step']}/{steps}"]
+    if "loss" in record:
+        parts.append(f"loss {record['loss']:.4f}")
+    if "validation_loss" in record:
+        parts.append(f"validation loss {record['validation_loss']:.4f}")
+    if "probe_loss" in record:
+        parts.append(f"training probe {record['probe_loss']:.4f}")
+    if "generalization_gap" in record:
+        parts.append(f"generalisation gap {record['generalization_gap']:+.4f}")
+    if "learning_rate" in record:
+        parts.append(f"learning rate {record['learning_rate']:.1e}")
+    if "gradient_norm" in record:
+        parts.append(f"gradient norm {record['gradient_norm']:.2f}")
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if "peak_memory_bytes" in record:
+        parts.append(f"peak memory {record['peak_memory_bytes'] / 2**30:.1f} GiB")
+    return " · ".join(parts)
+
+
+class PlainWordsCallback(ProgressCallback):
+    """transformers' progress bar, its lines in plain words and kept in ``history.jsonl``.
+
+    Validation and probe are logged as two evaluations; their line waits for the second, since the generalisation
+    gap is their difference at one checkpoint.
+    """
+
+    def __init__(self, history: Path) -> None:
+        """Args: history: the file to append to, one JSON object per line."""
+        super().__init__()
+        self.history = history
+        self._step_started = 0.0
+        self._busy_seconds = 0.0
+        self._tokens_logged = 0
+        self._evaluated: dict[str, Any] = {}
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock of tokens/s, which evaluations and checkpoints do not run."""
+        self._step_started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        self._busy_seconds += time.perf_counter() - self._step_started
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Say and keep what was logged."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        record = {ours: float(logs[theirs]) for theirs, ours in NAMES.items() if theirs in logs}
+        if "loss" in record:
+            self._speak(state, {**record, **self._throughput(logs)})
+        elif record:
+            self._evaluated.update(record)
+            if {"validation_loss", "probe_loss"} <= self._evaluated.keys():
+                evaluated, self._evaluated = self._evaluated, {}
+                evaluated["generalization_gap"] = evaluated["validation_loss"] - evaluated["probe_loss"]
+                self._speak(state, evaluated)
+
+    def _throughput(self, logs: dict[str, Any]) -> dict[str, float]:
+        """Tokens of the data per second of training since the last line, over all ranks, and peak memory."""
+        tokens, seconds = logs["num_tokens"] - self._tokens_logged, self._busy_seconds
+        self._tokens_logged, self._busy_seconds = logs["num_tokens"], 0.0
+        return {"tokens_per_second": tokens / max(seconds, 1e-9), "peak_memory_bytes": peak_memory_bytes()}
+
+    def _speak(self, state: TrainerState, record: dict[str, Any]) -> None:
+        record = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **record}
+        with self.history.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.training_bar is not None:
+            self.training_bar.write(plain_words(record, state.max_steps))

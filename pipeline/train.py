@@ -1,0 +1,161 @@
+"""The training stage, from a recipe to an adapter folder."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+from transformers.integrations import unset_hf_deepspeed_config
+from transformers.trainer_callback import ProgressCallback
+
+from pipeline.adapter import check_target_modules, save_adapter, settings_of
+from pipeline.arguments import sft_config
+from pipeline.base import check_device, load_base, load_config, load_tokenizer
+from pipeline.data import Splits, load_splits
+from pipeline.distributed import adapter_weights, check_launch, is_main, zero_stage
+from pipeline.errors import UserError
+from pipeline.interrupt import InterruptCallback
+from pipeline.model_card import write_model_card
+from pipeline.progress import PlainWordsCallback
+from pipeline.provenance import now, provenance, write_json
+from pipeline.recipe import Recipe
+from pipeline.run_folder import HISTORY_FILE, PROVENANCE_FILE, check_run_folder, create_run_folder, run_folder
+from pipeline.trainer import LoraDropoutTrainer
+
+
+def train(recipe: Recipe, overwrite: bool = False) -> Path:
+    """Train the adapter that the recipe describes; every rank calls it.
+
+    Everything that can be refused is refused before the base is loaded.
+
+    Args:
+        recipe: resolved.
+        overwrite: delete a run of the same name.
+
+    Returns:
+        The run's folder, which is the adapter's.
+
+    Raises:
+        UserError: bad input, or out of memory.
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
+    """
+    check_run_folder(recipe, overwrite)
+    check_launch(recipe)
+    check_device(recipe.base)
+    load_config(recipe.base, zero_stage(recipe))
+    tokenizer = load_tokenizer(recipe.base)
+    folder = run_folder(recipe)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
+    arguments = sft_config(recipe, folder)
+    with PartialState().main_process_first():  # one rank writes the caches, the others read them
+        splits = load_splits(recipe, tokenizer)
+    record = provenance(recipe, splits.sources)
+
+    set_seed(recipe.seed)
+    model = load_base(recipe.base)
+    check_target_modules(model, recipe.adapter)
+    with PartialState().main_process_first():
+        if is_main():
+            create_run_folder(recipe)
+    interrupt = InterruptCallback()
+    trainer = LoraDropoutTrainer(
+        recipe=recipe,
+        model=model,
+        arguments=arguments,
+        tokenizer=tokenizer,
+        train=splits.train,
+        evaluation=_measured(splits),
+        callbacks=[interrupt],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(PlainWordsCallback(folder / HISTORY_FILE))  # in its place
+    _announce(trainer, splits)
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory_advice(recipe)) from error
+    if interrupt.interrupted:
+        if is_main():
+            print(f"\nInterrupted at step {trainer.state.global_step}; checkpoints are in {folder / 'checkpoints'}")
+        raise KeyboardInterrupt
+    _write_results(trainer, recipe, {**record, "finished": now()}, folder)
+    _free(trainer)
+    return folder
+
+
+def _measured(splits: Splits) -> dict[str, Any] | None:
+    """What is measured with masks off, in the order of the log."""
+    if splits.validation is None:
+        return None
+    return {"validation": splits.validation, "probe": splits.probe}
+
+
+def _announce(trainer: LoraDropoutTrainer, splits: Splits) -> None:
+    """Say what is about to run; main process only."""
+    if not is_main():
+        return
+    arguments = trainer.args
+    trained, total = trainer.adapted.get_nb_trainable_parameters()
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    layers = len(trainer.dropout.layers) if trainer.dropout else 0
+    print(
+        f"{len(splits.train):,} training rows ({splits.statistics.trained_tokens:,} trained tokens), "
+        f"{len(splits.validation) if splits.validation else 0:,} validation rows\n"
+        f"{trained:,} trained of {total:,} parameters; LoRA Dropout on {layers} layers\n"
+        f"{batch} examples per step = {arguments.per_device_train_batch_size} rows "
+        f"x {arguments.gradient_accumulation_steps} accumulation x {arguments.world_size} process(es)"
+        + (f"; each as {trainer.copies} copies" if trainer.dropout and trainer.copies > 1 else "")
+    )
+
+
+def _write_results(trainer: LoraDropoutTrainer, recipe: Recipe, record: dict[str, Any], folder: Path) -> None:
+    """Adapter, provenance and model card; every rank takes part in gathering the weights."""
+    weights = adapter_weights(trainer.adapted)
+    if is_main():
+        save_adapter(trainer.adapted, weights, settings_of(recipe.adapter, recipe.seed), folder)
+        write_json(folder / PROVENANCE_FILE, record)
+        write_model_card(recipe, record, read_history(folder), folder)
+        print(f"adapter written to {folder}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's log, oldest first; empty where the run logged nothing."""
+    file = folder / HISTORY_FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def out_of_memory_advice(recipe: Recipe) -> str:
+    """What to change, what costs least first."""
+    dropout = recipe.adapter.dropout
+    advice = []
+    if dropout.rate > 0 and dropout.instances > 1 and dropout.execution == "batched":
+        advice.append("adapter.dropout.execution=sequential (1/N of the activations, same loss, slower)")
+    advice.append("training.per_device_train_batch_size lower, training.gradient_accumulation_steps higher by as much")
+    if recipe.training.get("gradient_checkpointing") is False:
+        advice.append("training.gradient_checkpointing=true (recomputes activations)")
+    advice.append("data.max_length lower (truncates rows: see launch/check.py)")
+    if recipe.base.quantization != "nf4":
+        advice.append("base.quantization=nf4 (changes the base)")
+    if recipe.distributed.zero < 3:
+        advice.append("distributed.zero=3, with more than one GPU (shards the base)")
+    if recipe.distributed.offload == "none":
+        advice.append("distributed.offload=optimizer (slower)")
+    numbered = "\n".join(f"  {number}. {line}" for number, line in enumerate(advice, start=1))
+    return f"out of memory. Change, in this order:\n{numbered}"
+
+
+def _free(trainer: LoraDropoutTrainer) -> None:
+    """Give back the memory of model and engine, and forget ZeRO-3, so that the evaluation can load its own base."""
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = None
+    unset_hf_deepspeed_config()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

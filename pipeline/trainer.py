@@ -1,0 +1,207 @@
+"""trl's ``SFTTrainer`` with LoRA Dropout's objective in its training step and an exact validation loss."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from pipeline.adapter import lora_config
+from pipeline.distributed import register_adapter_weights
+from pipeline.lora_dropout import LoraDropout, copied_rows, example_coordinates, instance_coordinates
+from pipeline.recipe import Recipe
+
+PURPOSE = "train"
+
+
+@dataclass
+class RowCollator(DataCollatorForLanguageModeling):
+    """trl's collator, which also carries ``row``, each example's place in the dataset: ``(B,)`` int64."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Padded tensors ``(B, T)`` and ``row``."""
+        batch = super().torch_call(examples)
+        batch["row"] = torch.tensor([example["row"] for example in examples])
+        return batch
+
+
+class LoraDropoutTrainer(SFTTrainer):
+    """Supervised fine-tuning with LoRA Dropout.
+
+    With ``rate`` 0 and one instance every line that runs in training is trl's. Otherwise ``training_step`` runs
+    trl's own step inside the mask context, on a batch of copies (or several times), so that forward, recomputation
+    and backward see the same masks.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: PreTrainedModel,
+        arguments: SFTConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Dataset,
+        evaluation: dict[str, Dataset] | None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        """Put the adapter on the base and get ready.
+
+        Args:
+            recipe: the experiment.
+            model: frozen base, from :func:`pipeline.base.load_base`.
+            arguments: from :func:`pipeline.arguments.sft_config`.
+            tokenizer: with a pad token.
+            train: columns ``input_ids``, ``labels``, ``row``.
+            evaluation: datasets with the same columns, by name, whose loss is measured with masks off.
+            callbacks: besides the trainer's own.
+        """
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=RowCollator(
+                pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=arguments.pad_to_multiple_of
+            ),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe.adapter),
+            callbacks=callbacks,
+        )
+        dropout = recipe.adapter.dropout
+        self.settings = dropout
+        self.copies = dropout.instances
+        self.dropout = LoraDropout(self.adapted, dropout.rate, recipe.seed) if dropout.rate > 0 else None
+        self._micro_batch = 0
+        self._evaluated: list[torch.Tensor] = []
+        if self.is_deepspeed_enabled:
+            register_adapter_weights(self.adapted)
+        else:
+            _keep_float32_masters(self.adapted)
+
+    @property
+    def adapted(self) -> PeftModel:
+        """The model with its adapter, without what accelerate or DeepSpeed wraps around it."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        assert isinstance(model, PeftModel)
+        return model
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "row" not in self._signature_columns:
+            self._signature_columns.append("row")
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch: equation 7.
+
+        Args:
+            model: as wrapped for training.
+            inputs: ``(B, T)`` tensors and ``row`` ``(B,)``.
+            num_items_in_batch: trained tokens of the whole optimizer step, over all ranks.
+
+        Returns:
+            The micro-batch's share of the step's loss, detached.
+        """
+        rows = inputs.pop("row").tolist()
+        if self.dropout is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        counted = self._total_train_tokens
+        if self.settings.execution == "batched":
+            with self.dropout.masks(PURPOSE, self._coordinates(rows)):
+                loss = super().training_step(
+                    model, copied_rows(inputs, self.copies), _multiplied(num_items_in_batch, self.copies)
+                )
+        else:
+            loss = self._one_after_another(model, inputs, rows, num_items_in_batch)
+        # trl counts the tokens of every copy; a token is one token of the data
+        self._total_train_tokens = counted + (self._total_train_tokens - counted) // self.copies
+        self._micro_batch = 0 if self.accelerator.sync_gradients else self._micro_batch + 1
+        return loss
+
+    def _coordinates(self, rows: list[int]) -> list[tuple[int, ...]]:
+        """Coordinates of this micro-batch's masks, copy-major."""
+        if self.settings.sampling == "example":
+            return example_coordinates(int(self.state.epoch or 0), rows, self.copies)
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        return instance_coordinates(self.state.global_step, self._micro_batch, rank, ranks, self.copies)
+
+    def _one_after_another(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        rows: list[int],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """The copies in sequence: the loss and gradient of the batch of copies, with one copy's activations.
+
+        Gradients are exchanged, and under DeepSpeed the optimizer steps, with the last copy only: accelerate's
+        wrapper steps the engine inside ``backward`` whenever ``sync_gradients`` is set.
+        """
+        assert self.dropout is not None
+        coordinates = self._coordinates(rows)
+        groups = len(coordinates) // self.copies
+        state = self.accelerator.gradient_state
+        synchronise = state.sync_gradients
+        total = torch.zeros((), device=self.args.device)
+        for copy in range(self.copies):
+            last = copy == self.copies - 1
+            state._set_sync_gradients(synchronise and last)
+            apart = nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
+            with apart, self.dropout.masks(PURPOSE, coordinates[copy * groups : (copy + 1) * groups]):
+                total += super().training_step(model, dict(inputs), _multiplied(num_items_in_batch, self.copies))
+        return total
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """Loss of one evaluation batch, masks off, kept per row so that the mean can be over tokens."""
+        inputs = self._prepare_inputs(inputs)
+        inputs.pop("row")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        losses = -outputs.log_probs.float().sum(dim=1)  # (B,) nats
+        tokens = outputs.label_mask.sum(dim=1).to(losses.dtype)  # (B,)
+        # gather_for_metrics drops the rows that pad the last batch of the last rank
+        self._evaluated.append(self.accelerator.gather_for_metrics(torch.stack([losses, tokens], dim=1)).cpu())
+        return losses.sum() / tokens.sum().clamp(min=1), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """transformers' loop, its loss replaced by nats per trained token (its own is a mean of batch means)."""
+        self._evaluated.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        losses, tokens = torch.cat(self._evaluated).double().sum(dim=0).tolist()
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = losses / tokens
+        return output
+
+
+def _multiplied(items: torch.Tensor | int | None, copies: int) -> torch.Tensor | int | None:
+    """Trained tokens of the batch of copies."""
+    return None if items is None else items * copies
+
+
+def _keep_float32_masters(model: PeftModel) -> None:
+    """Adapter weights in float32 where no DeepSpeed engine keeps masters of them.
+
+    trl casts the adapter of a quantised base to bfloat16, in which an AdamW step is often smaller than the last
+    bit and vanishes. Autocast still computes in the recipe's dtype.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
