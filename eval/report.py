@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup, escape
+from pydantic import ValidationError
 
 from eval import scores
 from eval.overfitting import evaluations, loss_curves, loss_sentences, training_loss_sentences
 from eval.plots import MOST_ROWS, both_widths, logarithmic, losses_figure, scores_figure
 from eval.scores import ScoreRow
 from pipeline.errors import UserError
+from pipeline.recipe import Recipe, recipe_to_yaml
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -69,7 +71,7 @@ def write_report(folder: Path) -> None:
 def report_context(results: Mapping[str, Any]) -> dict[str, Any]:
     """What both templates show."""
     ours = results["lora_dropout"]
-    recipe = ours.get("recipe") or {}
+    recipe = recorded_recipe(ours)
     history = ours.get("history") or []
     rows = scores.score_rows(results)
     labels = {name: system_label(name, ours) for name in scores.SYSTEMS if name in ours["systems"]}
@@ -77,7 +79,7 @@ def report_context(results: Mapping[str, Any]) -> dict[str, Any]:
     shown = [row for row in rows if not row.subtask]
     drawn = [row for row in shown if row.percent and row.scores][:MOST_ROWS]
     return {
-        "name": recipe.get("name", "evaluation"),
+        "name": recipe.name,
         "verdict": score_sentences(shown, labels) + loss_sentences(evaluations(history))[:1],
         "notes": notes(results, history),
         "labels": labels,
@@ -92,11 +94,19 @@ def report_context(results: Mapping[str, Any]) -> dict[str, Any]:
         "loss_words": loss_sentences(evaluations(history)) + training_loss_sentences(history, evaluations(history)),
         "costs": cost_rows(ours, labels),
         "cost_words": cost_sentences(ours),
-        "settings": setting_rows(ours),
+        "settings": setting_rows(ours, recipe),
         "provenance": provenance_tables(results),
-        "recipe": ours.get("recipe_yaml") or (yaml.safe_dump(recipe, sort_keys=False) if recipe else ""),
+        "recipe": recipe_to_yaml(recipe),
         "css": Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
     }
+
+
+def recorded_recipe(ours: Mapping[str, Any]) -> Recipe:
+    """The recipe that was evaluated. Raises UserError where another version of this project wrote it."""
+    try:
+        return Recipe.model_validate_json(json.dumps(ours["recipe"]))
+    except ValidationError as error:
+        raise UserError(f"results.json, lora_dropout.recipe: this version reads other recipes; {error}") from error
 
 
 def markdown_cell(text: Any) -> str:
@@ -205,60 +215,57 @@ def cost_rows(ours: Mapping[str, Any], labels: Mapping[str, str]) -> list[tuple[
 
 def cost_sentences(ours: Mapping[str, Any]) -> list[str]:
     """The ensemble's price, and what training took."""
+    training = (ours.get("provenance") or {}).get("training") or {}
     seconds = {name: system["seconds"] for name, system in ours["systems"].items() if system.get("seconds")}
     found = []
     if {"ensemble", "deterministic"} <= seconds.keys() and ours.get("ensemble"):
         ratio = seconds["ensemble"] / seconds["deterministic"]
         found.append(f"{ours['ensemble']['instances']} members took {ratio:.2f} times as long as the single adapter.")
+    if {"started", "finished"} <= training.keys():
+        spent = datetime.fromisoformat(training["finished"]) - datetime.fromisoformat(training["started"])
+        found.append(f"Training took {duration(spent.total_seconds())}.")
     history = ours.get("history") or []
     speeds = [line["tokens_per_second"] for line in history if line.get("tokens_per_second")]
     memory = [line["peak_memory_bytes"] for line in history if line.get("peak_memory_bytes")]
     if speeds:
         found.append(
-            f"Training ran at {sorted(speeds)[len(speeds) // 2]:,.0f} tokens/s (median of the log)"
+            f"It ran at {sorted(speeds)[len(speeds) // 2]:,.0f} tokens/s (median of the log)"
             + (f" with a peak of {max(memory) / 2**30:.2f} GiB of memory." if memory else ".")
         )
     return found
 
 
-def setting_rows(ours: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(setting, value): the adapter's own settings come before the recipe's."""
-    recipe = ours.get("recipe") or {}
-    base, adapter, evaluation = recipe.get("base", {}), recipe.get("adapter", {}), recipe.get("eval", {})
-    trained = adapter.get("dropout", {}) | (ours.get("adapter_settings") or {})
-    ensemble = ours.get("ensemble")
-    storage = {"nf4": "4-bit nf4", "int8": "8-bit int8", "none": "not quantised"}
-    quantised = storage.get(base.get("quantization", ""))
-    fewshot = evaluation.get("num_fewshot")
-    found = [
-        ("Base model", " · ".join(str(part) for part in (base.get("model"), quantised, base.get("dtype")) if part)),
-        ("Adapter", ours.get("adapter") or "none"),
-        ("Rank, alpha", f"{adapter['rank']}, {adapter['alpha']:g}" if {"rank", "alpha"} <= adapter.keys() else ""),
-        ("Dropout rate p", f"{trained['rate']:g}" if "rate" in trained else ""),
-        (
-            "Training instances N",
-            f"{trained['instances']}, a mask per {trained['sampling']}"
-            if {"instances", "sampling"} <= trained.keys()
-            else "",
-        ),
-        (
-            "Rescale by 1/(1-p)",
-            {True: "yes", False: "no (equation 2 verbatim, folded into alpha)"}.get(trained.get("rescale"), ""),
-        ),
-        (
-            "Test ensemble",
-            f"{ensemble['instances']} members, average of {ensemble['average']} at every token" if ensemble else "none",
-        ),
-        (
-            "Prompt",
-            {"task": "the task's own", "training": "the training prompt around the task's text"}.get(
-                ours.get("prompt") or evaluation.get("prompt", ""), ""
-            ),
-        ),
+def setting_rows(ours: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
+    """(setting, value). LoRA Dropout's are the adapter's own: the recipe may have changed since training."""
+    base, trained, ensemble = recipe.base, ours.get("adapter_settings"), ours.get("ensemble")
+    storage = {"nf4": "4-bit nf4", "int8": "8-bit int8", "none": "not quantised"}[base.quantization]
+    found = [("Base model", f"{base.model}, {storage}, {base.dtype}"), ("Adapter", ours.get("adapter") or "none")]
+    if trained:
+        found += [("Rank, alpha", f"{recipe.adapter.rank}, {trained['alpha']:g}")]
+        found += dropout_rows(trained)
+    if ensemble:
+        members = f"{ensemble['instances']} members, average of {ensemble['average']} at every token"
+        found += [("Test ensemble", f"{members}, mask seed {ensemble['seed']}")]
+    prompts = {"task": "the task's own", "training": "the training prompt around the task's text"}
+    fewshot, limit = recipe.eval.num_fewshot, ours.get("limit")
+    return [
+        *found,
+        ("Prompt", prompts[ours["prompt"]]),
         ("Few-shot examples", "each task's own number" if fewshot is None else str(fewshot)),
-        ("Documents", f"first {ours['limit']} of each task" if ours.get("limit") is not None else "all"),
+        ("Documents", "all" if limit is None else f"first {limit} of each task"),
     ]
-    return [(name, value) for name, value in found if value]
+
+
+def dropout_rows(trained: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the adapter was trained."""
+    if trained["rate"] == 0:
+        return [("Dropout rate p", "0 (plain LoRA)")]
+    masks = {"example": "each example draws its own masks", "instance": "masks shared by the micro-batch"}
+    return [
+        ("Dropout rate p", f"{trained['rate']:g}"),
+        ("Training instances N", f"{trained['instances']}, {masks[trained['sampling']]}"),
+        ("Rescale by 1/(1-p)", "yes" if trained["rescale"] else "no: equation 2 verbatim, folded into alpha"),
+    ]
 
 
 def provenance_tables(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
@@ -281,7 +288,7 @@ def provenance_tables(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[
 def value_lines(value: Any) -> list[str]:
     """A recorded value as lines: a mapping as ``key value`` pairs, a list with one line per item."""
     if isinstance(value, Mapping):
-        return [", ".join(f"{key} {' '.join(value_lines(item))}" for key, item in value.items())]
+        return [", ".join(f"{key} {' '.join(value_lines(item))}" for key, item in value.items() if item is not None)]
     if isinstance(value, list):
-        return [line for item in value for line in value_lines(item)]
+        return [line for item in value for line in value_lines(item)] or ["none"]
     return [{True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)]

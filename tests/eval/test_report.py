@@ -103,8 +103,8 @@ def test_settings_cost_and_provenance(written) -> None:
     html, markdown = written(synthetic_results())
     for text in (plain(Page(html).words), plain(markdown)):
         for expected in (
-            "8 members, average of logits at every token",
-            "2, a mask per example",
+            "8 members, average of logits at every token, mask seed 7",
+            "2, each example draws its own masks",
             "4-bit nf4",
             "8 members took 3.85 times as long",
             "1 min 28 s",
@@ -112,7 +112,8 @@ def test_settings_cost_and_provenance(written) -> None:
             64 * "a",
             "torch 2.13.0",
             "launch/sft.py recipes/pocket/example.yaml",
-            "2026-11-22T09:04:02Z",
+            "2026-11-22T09:04:02+00:00",
+            "Training took 4 min 02 s.",
         ):
             assert expected in text
 
@@ -137,7 +138,7 @@ def test_hostile_text_stays_text(written) -> None:
     text = json.dumps(synthetic_results()).replace("pocket_sentiment", task)
     results = json.loads(text)
     ours = results["lora_dropout"]
-    ours["recipe"]["name"] = ours["adapter"] = ours["recipe_yaml"] = evil
+    ours["recipe"]["base"]["model"] = ours["adapter"] = evil
     ours["provenance"]["training"]["command"] = evil
     html, markdown = written(results)
     page = Page(html)
