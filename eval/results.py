@@ -1,0 +1,127 @@
+"""What an evaluation leaves behind: ``results.json``, samples, and ``latest`` beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.group import Group
+from lm_eval.api.metrics import acc_all, acc_all_stderr, mean, mean_stderr
+from lm_eval.api.task import Task
+from lm_eval.utils import handle_non_serializable
+
+from eval.tasks import leaf_tasks
+from pipeline.adapter import AdapterSettings
+from pipeline.base import base_identity
+from pipeline.distributed import world_size
+from pipeline.provenance import git_state, machine, now, versions
+from pipeline.recipe import Recipe, recipe_to_yaml
+from pipeline.run_folder import HISTORY_FILE, PROVENANCE_FILE
+
+STDERRS: dict[Callable[..., float], Callable[..., float]] = {mean: mean_stderr, acc_all: acc_all_stderr}
+"""Closed-form standard errors. lm-eval gives them only together with its bootstrap of the other metrics, which
+starts a process per core and draws up to 100,000 times (lm-eval 0.4.13)."""
+
+
+@dataclass(frozen=True)
+class SystemScores:
+    """One system over all tasks."""
+
+    results: dict[str, Any]
+    """lm-eval's own, without samples."""
+    samples: dict[str, list[dict[str, Any]]]
+    """lm-eval's, by task, in the order of the documents."""
+    seconds: float
+    peak_gpu_bytes: int | None
+
+
+def add_stderrs(results: dict[str, Any], samples: dict[str, list[dict[str, Any]]], tasks: list[Task | Group]) -> None:
+    """Fill in standard errors of means over documents, and of groups of them, under lm-eval's keys."""
+    for task in leaf_tasks(tasks):
+        documents = samples[task.task_name]
+        for metric, aggregation in task.aggregation().items():
+            for name in {document["filter"] for document in documents} if aggregation in STDERRS else ():
+                values = [d[metric] for d in documents if d["filter"] == name and metric in d]
+                if len(values) > 1:
+                    results["results"][task.task_name][f"{metric}_stderr,{name}"] = STDERRS[aggregation](values)
+    for item in tasks:
+        for group in [item, *item.get_all_groups()] if isinstance(item, Group) else []:
+            if group.has_aggregation:
+                results["results"][group.name] = results["groups"][group.name] = group.aggregate(results["results"])
+
+
+def our_section(
+    recipe: Recipe, adapter: Path, settings: AdapterSettings, finished: dict[str, SystemScores], started: str
+) -> dict[str, Any]:
+    """What ``results.json`` holds beside lm-eval's own keys, under ``lora_dropout``."""
+    ensemble = recipe.eval.ensemble
+    training = adapter / PROVENANCE_FILE
+    history = adapter / HISTORY_FILE
+    evaluation = {
+        "versions": versions(),
+        "git": git_state(),
+        "machine": machine(),
+        "base": base_identity(recipe.base),
+        "processes": world_size(),
+        "command": shlex.join(sys.argv),
+        "started": started,
+        "finished": now(),
+    }
+    return {
+        "systems": {
+            system: {
+                "results": scores.results["results"],
+                "seconds": scores.seconds,
+                "peak_memory_bytes": scores.peak_gpu_bytes,
+            }
+            for system, scores in finished.items()
+        },
+        "ensemble": {"instances": ensemble.instances, "average": ensemble.average, "seed": settings.seed}
+        if "ensemble" in finished
+        else None,
+        "adapter": str(adapter),
+        "adapter_settings": asdict(settings),
+        "limit": recipe.eval.limit,
+        "prompt": recipe.eval.prompt,
+        "provenance": {
+            "training": json.loads(training.read_text()) if training.exists() else None,
+            "evaluation": evaluation,
+        },
+        "recipe": recipe.model_dump(),
+        "recipe_yaml": recipe_to_yaml(recipe),
+        "history": [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else [],
+    }
+
+
+def write_folder(finished: dict[str, SystemScores], section: dict[str, Any], parent: Path, started: str) -> Path:
+    """Write results and samples into a new folder that appears whole or not at all, and point ``latest`` at it."""
+    time_stamp = datetime.fromisoformat(started).astimezone(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = parent / f".{time_stamp}-{os.getpid()}.part"
+    partial.mkdir()
+    for system, scores in finished.items():
+        for task, samples in scores.samples.items():
+            lines = (json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) for sample in samples)
+            file_name = f"samples_{system}_{task}.jsonl".replace(":", "-").replace("/", "-")
+            (partial / file_name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    last = list(finished.values())[-1]
+    results = {**last.results, "lora_dropout": section}
+    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    (partial / "results.json").write_text(text + "\n", encoding="utf-8")
+    folder = parent / time_stamp
+    repeats = 1
+    while folder.exists():  # another evaluation began in the same second
+        repeats += 1
+        folder = parent / f"{time_stamp}-{repeats}"
+    partial.rename(folder)
+    link = parent / f".latest-{os.getpid()}"
+    link.symlink_to(folder.name)
+    link.replace(parent / "latest")
+    return folder

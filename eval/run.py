@@ -1,0 +1,196 @@
+"""Evaluate one adapter: each system over all tasks on one loaded base, then write scores, samples and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import lm_eval
+import torch
+import torch.distributed as dist
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from transformers.integrations import unset_hf_deepspeed_config
+
+from eval.lm import EnsembleLM
+from eval.report import write_report
+from eval.results import SystemScores, add_stderrs, our_section, write_folder
+from eval.tasks import load_tasks, training_prompt
+from pipeline.adapter import AdapterSettings, adapter_dropout, load_adapter, read_settings
+from pipeline.base import load_base, load_tokenizer
+from pipeline.distributed import is_main, world_size
+from pipeline.errors import UserError
+from pipeline.provenance import now
+from pipeline.recipe import Recipe, schema
+
+SYSTEMS = ("base", "deterministic", "ensemble")
+"""In the order they run; the last one that ran is what ``results.json`` reports at its top."""
+
+
+def evaluate(
+    recipe: Recipe, adapter: Path, output_root: Path = Path("eval/outputs"), progress: bool = True
+) -> Path | None:
+    """Evaluate the recipe's systems on the recipe's tasks.
+
+    Under a launcher every process calls this with the same arguments; they share the requests, and the first writes.
+
+    Args:
+        recipe: ``base`` is loaded as it was trained on, ``eval`` says what to do.
+        adapter: the folder that training wrote.
+        output_root: results go to ``<output_root>/<recipe.name>/<time>``; ``latest`` beside it points there.
+        progress: announce each system on the screen.
+
+    Returns:
+        The folder; None on processes other than the first.
+
+    Raises:
+        UserError: tasks, adapter or base cannot be had; an adapter that does nothing; out of memory.
+    """
+    started = now()
+    settings = read_settings(adapter)
+    check_base(recipe.base, adapter)
+    systems = systems_of(recipe.eval, settings, adapter)
+    tasks = load_tasks(recipe.eval)
+    prompt = training_prompt(recipe) if recipe.eval.prompt == "training" else None
+    group = process_group()
+    unset_hf_deepspeed_config()  # else a ZeRO-3 trainer of this process would have the base loaded in shards
+    tokenizer = load_tokenizer(recipe.base)
+    finished: dict[str, SystemScores] = {}
+    with memory_advice(recipe.eval):
+        model = load_adapter(load_base(recipe.base), adapter)
+        for number, system in enumerate(systems, start=1):
+            ensembled = system == "ensemble"
+            lm = EnsembleLM(
+                model,
+                tokenizer,
+                batch_size=recipe.eval.batch_size,
+                dropout=adapter_dropout(model, settings) if ensembled else None,
+                ensemble=recipe.eval.ensemble if ensembled else None,
+                training_prompt=prompt,
+                group=group,
+            )
+            if system != "base":
+                lm.assert_adapter_active()
+            if progress and is_main():
+                print(f"Evaluating {description(system, recipe.eval)} ({number} of {len(systems)})", flush=True)
+            with model.disable_adapter() if system == "base" else nullcontext():
+                finished[system] = system_scores(lm, tasks, recipe.eval)
+    if not is_main():
+        return None
+    section = our_section(recipe, adapter, settings, finished, started)
+    folder = write_folder(finished, section, output_root / recipe.name, started)
+    write_report(folder)
+    if progress:
+        print(f"results and report written to {folder}", flush=True)
+    return folder
+
+
+def check_base(base: schema.Base, adapter: Path) -> None:
+    """Compare the recipe's base with the one that the adapter names.
+
+    Raises:
+        UserError: they are of another name. A folder of the same name elsewhere counts as moved.
+    """
+    trained = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if Path(trained).name != Path(base.model).name:
+        raise UserError(
+            f"{adapter}: trained on the base {trained!r}, but base.model is {base.model!r}.\n"
+            f"Evaluate with base.model={trained}; if that folder was only renamed, mend base_model_name_or_path in "
+            f"{adapter / 'adapter_config.json'}."
+        )
+
+
+def systems_of(section: schema.Eval, settings: AdapterSettings, adapter: Path) -> list[str]:
+    """The systems to run, in order.
+
+    An adapter that was not trained with LoRA Dropout gets no ensemble: its recipe has no rate to draw masks with, and
+    masks at test time only are worse than none (``Drop_test`` in arXiv 2404.09610).
+
+    Raises:
+        UserError: nothing is left to run.
+    """
+    systems = [system for system in SYSTEMS if system in section.systems]
+    if "ensemble" in systems and settings.rate == 0:
+        systems.remove("ensemble")
+        reason = f"{adapter} was trained without LoRA Dropout (rate 0), so there is no ensemble over masks"
+        if not systems:
+            raise UserError(f"eval.systems: {reason}; evaluate it with eval.systems=[base, deterministic]")
+        if is_main():
+            print(f"warning: {reason}; masks at test time only are worse than none. Evaluating the rest.", flush=True)
+    if not systems:
+        raise UserError("eval.systems: empty; name at least one of base, deterministic, ensemble")
+    return systems
+
+
+def description(system: str, section: schema.Eval) -> str:
+    """A system in words."""
+    if system == "base":
+        return "the base without adapter"
+    if system == "deterministic":
+        return "the adapter, masks off"
+    return f"the ensemble of {section.ensemble.instances} masked adapters, average of {section.ensemble.average}"
+
+
+def process_group() -> dist.ProcessGroup | None:
+    """The launcher's processes, on a CPU backend, with patience for ranks that finish early; None if there is one."""
+    if world_size() == 1:
+        return None
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo")
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def system_scores(lm: EnsembleLM, tasks: list[Task | Group], section: schema.Eval) -> SystemScores:
+    """Run one system. Results are empty on all but the first process of a machine (lm-eval's choice)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    results = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=tasks,
+        task_manager=TaskManager(include_defaults=False),  # the tasks are loaded; its index would take 12 s
+        num_fewshot=section.num_fewshot,
+        batch_size=section.batch_size,
+        limit=section.limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=lm.training_prompt is not None,
+        fewshot_as_multiturn=False,
+    )
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    results = dict(results or {})
+    samples = results.pop("samples", {})
+    if results:
+        add_stderrs(results, samples, tasks)
+    return SystemScores(results, samples, seconds, peak)
+
+
+@contextmanager
+def memory_advice(section: schema.Eval) -> Iterator[None]:
+    """Turn an accelerator's out-of-memory error into what to change, what costs least first."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        members = section.ensemble.instances if "ensemble" in section.systems else 1
+        advice = []
+        if section.batch_size > 1:
+            advice.append(f"eval.batch_size={max(1, section.batch_size // 2)} (same scores, slower)")
+        if members > 1:
+            rows = min(section.ensemble.rows_per_pass or members * section.batch_size, members * section.batch_size)
+            advice.append(f"eval.ensemble.rows_per_pass={max(1, rows // 2)} (same scores, slower)")
+        if section.num_fewshot != 0:
+            advice.append("eval.num_fewshot lower (shorter prompts, another task)")
+        if members > 1:
+            advice.append(f"eval.ensemble.instances={members // 2} (a smaller ensemble)")
+        advice.append("base.quantization=nf4, if the adapter was trained on that")
+        numbered = "\n".join(f"  {number}. {line}" for number, line in enumerate(advice, start=1))
+        raise UserError(f"out of memory in evaluation. Change, in this order:\n{numbered}") from error

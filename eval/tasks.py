@@ -1,0 +1,178 @@
+"""The recipe's tasks as lm-eval objects: lm-eval's own by name, ours in ``eval/tasks``, yours as YAML files.
+
+A task file that reads local data names a loader by lm-eval's own key ``custom_dataset: !function module.function``;
+the recipe's ``eval.data_folder`` reaches it as the argument ``data_folder``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+from datasets.exceptions import DatasetsError
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+from eval.logs import quiet
+from pipeline.data import PromptTemplate
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe, schema
+
+OUR_TASKS = Path(__file__).with_name("tasks")
+MEMBER = "::"
+"""lm-eval's mark between a group and a task that is written inside the group's file, e.g. ``local_mmlu::anatomy``."""
+
+TASK_FILE_ERRORS = (
+    OSError,  # no such file or dataset, no network
+    LookupError,  # a split or column that the data has not
+    ValueError,
+    TypeError,  # a key that lm-eval does not know
+    ImportError,  # !function of a module that is not there
+    AttributeError,  # !function of a function that is not there
+    yaml.YAMLError,
+    DatasetsError,
+)
+"""What lm-eval raises for a bad task file or missing data; task files hold code, so the kinds are many."""
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Load every task once, with its data, so that a mistake shows before hours of training; no tasks are fine.
+
+    Raises:
+        UserError: see :func:`load_tasks`; a training prompt that cannot be made from an instruction alone.
+    """
+    if not recipe.eval.tasks:
+        return
+    load_tasks(recipe.eval)
+    if recipe.eval.prompt == "training":
+        training_prompt(recipe)("Say something.")
+
+
+def load_tasks(section: schema.Eval) -> list[Task | Group]:
+    """The tasks and groups that ``eval.tasks`` names, in order, with their data.
+
+    Raises:
+        UserError: no tasks; an unknown name (with the nearest known ones); a task named twice; a file or data that
+            cannot be read.
+    """
+    if not section.tasks:
+        raise UserError("eval.tasks: empty, so there is nothing to evaluate; name at least one lm-eval task")
+    manager = task_manager(section)
+    loaded = [item for name in section.tasks for item in _loaded(name, manager)]
+    names = [task.task_name for task in leaf_tasks(loaded)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"eval.tasks: {', '.join(twice)} is asked for twice, alone and in a group or in two groups")
+    return loaded
+
+
+def leaf_tasks(loaded: list[Task | Group]) -> list[Task]:
+    """The tasks themselves, those of groups included."""
+    return [task for item in loaded for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+
+
+def task_manager(section: schema.Eval) -> TaskManager:
+    """lm-eval's index of task files, with its own thousands (12 s) only where a name needs them.
+
+    Raises:
+        UserError: a name that is in neither.
+    """
+    folders = [OUR_TASKS, *(Path(folder) for folder in section.task_folders)]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"eval.task_folders: found {str(folder)!r}, which is no folder (looked from {Path.cwd()})")
+    missing = [name for name in section.tasks if _is_yaml(name) and not Path(name).expanduser().is_file()]
+    if missing:
+        raise UserError(f"eval.tasks: found {missing[0]!r}, which is no file (looked from {Path.cwd()})")
+    metadata = {"data_folder": section.data_folder} if section.data_folder else {}
+    manager = _indexed(folders, metadata, include_defaults=False)
+    if _unknown(section.tasks, manager):
+        manager = _indexed(folders, metadata, include_defaults=True)
+        unknown = _unknown(section.tasks, manager)
+        if unknown:
+            raise UserError("\n".join(f"eval.tasks: {_no_such_task(name, manager)}" for name in unknown))
+    return manager
+
+
+def _indexed(folders: list[Path], metadata: dict[str, str], include_defaults: bool) -> TaskManager:
+    with quiet("lm_eval.tasks"):
+        return TaskManager(
+            include_path=[str(folder) for folder in folders], include_defaults=include_defaults, metadata=metadata
+        )
+
+
+def _unknown(names: Sequence[str], manager: TaskManager) -> list[str]:
+    """Names that the index lacks: of tasks asked for, or of members of a group asked for."""
+    unknown = []
+    for name in names:
+        group = name.partition(MEMBER)[0]
+        if _is_yaml(name):
+            continue
+        if group not in manager.task_index:
+            unknown.append(name)
+        elif group in manager.all_groups:
+            members = (manager.task_index[group].cfg or {}).get("task")
+            named = [member for member in members if isinstance(member, str)] if isinstance(members, list) else []
+            unknown += _unknown(named, manager)
+    return unknown
+
+
+def _is_yaml(name: str) -> bool:
+    """Whether a name can only be meant as a task file."""
+    return Path(name).suffix in {".yaml", ".yml"}
+
+
+def _no_such_task(name: str, manager: TaskManager) -> str:
+    near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists lm-eval's."
+    return (
+        f"no task, group or tag is called {name!r} ({len(manager.all_tasks)} are known, lm-eval's and ours); {hint}\n"
+        "Task files of your own: give their path, or their folder in eval.task_folders."
+    )
+
+
+def _loaded(name: str, manager: TaskManager) -> list[Task | Group]:
+    """A task, a group, a group's member, or a tag's tasks, with their documents.
+
+    Raises:
+        UserError: its file or its data cannot be read; a member that the group has not.
+    """
+    group, _, member = name.partition(MEMBER)
+    try:
+        # lm-eval warns about defaults it fills in and about how custom_dataset gets its arguments
+        with quiet("lm_eval"):
+            loaded = manager.load([group if member else name])
+    except TASK_FILE_ERRORS as error:
+        raise UserError(
+            f"eval.tasks: {name!r} cannot be loaded: {type(error).__name__}: {error}\n"
+            "Its task file is malformed, or its data is neither here nor in the local cache nor to be had from the Hub."
+        ) from error
+    groups, tasks = loaded.get("groups", {}), loaded["tasks"]
+    if not member:
+        members = {child for each in groups.values() for child in each.child_names}
+        roots: list[Task | Group] = [each for each in groups.values() if each.name not in members]
+        return roots or list(tasks.values())
+    if name not in tasks:
+        near = difflib.get_close_matches(name, tasks, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(tasks)[:8])}, ..."
+        raise UserError(f"eval.tasks: the group {group!r} has no task {name!r}; {hint}")
+    return [tasks[name]]
+
+
+def training_prompt(recipe: Recipe) -> Callable[[str], str]:
+    """From an instruction to the prompt that training puts before a completion.
+
+    It is the template of the first training source. The instruction fills the format's ``instruction`` or ``prompt``
+    under every name that the source gives it; ``input`` is empty.
+    """
+    source = recipe.data.train[0]
+    template = PromptTemplate(source)
+
+    def prompt(instruction: str) -> str:
+        columns = {"instruction": instruction, "prompt": instruction, "input": ""}
+        return template.render({**columns, **{own: columns.get(wanted, "") for wanted, own in source.columns.items()}})
+
+    return prompt
