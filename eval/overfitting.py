@@ -66,44 +66,46 @@ def loss_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
 
 
 def loss_sentences(measured: Sequence[Evaluation]) -> list[str]:
-    """Validation loss, gap and what the curve shows about overfitting; no bolder than one curve allows."""
-    if not measured:
-        return []
-    last, best = measured[-1], min(measured, key=lambda one: one.validation)
-    first = f"Validation loss {last.validation:.3f} nats per token after {last.step} steps"
+    """Validation loss and gap, then what the curve shows about overfitting."""
+    return [gap_sentence(measured[-1]), course_sentence(measured)] if measured else []
+
+
+def gap_sentence(last: Evaluation) -> str:
+    """Where training ended."""
+    text = f"Validation loss {last.validation:.3f} nats per token after {last.step} steps"
     if last.probe is None:
-        sentences = [f"{first}; no training probe was measured, so there is no gap."]
-    else:
-        gap = number(last.validation - last.probe, 3, sign=True)
-        sentences = [f"{first}, {gap} against a fixed training probe (the generalisation gap)."]
-    if len(measured) == 1:
-        return [*sentences, "It was measured once: one point shows no course, so nothing is said about overfitting."]
+        return f"{text}; no training probe was measured, so there is no gap."
+    gap = last.validation - last.probe
+    text = f"{text}, {number(gap, 3, sign=True)} against a fixed training probe (the generalisation gap)"
+    return f"{text}. It is negative where the validation rows happen to be easier." if gap < 0 else f"{text}."
+
+
+def course_sentence(measured: Sequence[Evaluation]) -> str:
+    """Whether validation loss rose again while the training probe fell; no bolder than one curve allows."""
+    last, best = measured[-1], min(measured, key=lambda one: one.validation)
     rise = last.validation - best.validation
-    lowest = f"{best.validation:.3f} at step {best.step}"
+    if len(measured) == 1:
+        return "Validation loss was measured once: one point shows no course, so nothing is said about overfitting."
     if best.step == last.step:
-        return [
-            *sentences,
-            f"The last of {len(measured)} validation losses is the lowest: this curve shows no overfitting.",
-        ]
+        return (
+            f"The last of {len(measured)} validation losses is the lowest: this curve shows no overfitting, nor where "
+            "it would begin."
+        )
+    text = f"Validation loss was lowest, {best.validation:.3f}, at step {best.step} and ended {rise:.3f} above that"
     if rise < LEVEL * best.validation:
-        return [
-            *sentences,
-            f"It was lowest, {lowest}, and ended {rise:.3f} above that, a rise of less than "
-            f"{100 * LEVEL:.0f} %: level at the end, no overfitting to speak of.",
-        ]
-    text = f"It was lowest, {lowest}, and ended {rise:.3f} ({100 * rise / best.validation:.0f} %) above that"
-    if best.probe is not None and last.probe is not None and last.probe < best.probe:
-        fall = best.probe - last.probe
-        return [
-            *sentences,
-            f"{text}, while the training probe fell by another {fall:.3f}: the shape of overfitting. "
-            f"Stopping near step {best.step} would have kept the lower loss.",
-        ]
-    return [
-        *sentences,
-        f"{text}; the training probe did not fall meanwhile, so this is not the usual overfitting: "
-        "look at the learning rate first.",
-    ]
+        return f"{text}, which is less than {100 * LEVEL:.0f} % and called level here: this curve shows no overfitting."
+    text = f"{text} ({100 * rise / best.validation:.0f} %)"
+    if best.probe is None or last.probe is None:
+        return f"{text}. Without a training probe the curve does not say whether that is overfitting."
+    fall = best.probe - last.probe
+    if fall <= 0:
+        return (
+            f"{text}, but the training probe did not fall meanwhile: not overfitting, look at the learning rate first."
+        )
+    return (
+        f"{text}, while the training probe fell by another {fall:.3f}: the shape of overfitting. "
+        f"Stopping near step {best.step} would have kept the lower loss."
+    )
 
 
 def training_loss_sentences(history: Sequence[Mapping[str, Any]], measured: Sequence[Evaluation]) -> list[str]:
@@ -111,8 +113,8 @@ def training_loss_sentences(history: Sequence[Mapping[str, Any]], measured: Sequ
     if not history:
         return ["No training history came with this adapter, so there are no curves."]
     sentences = [
-        "The loss of training batches is taken with dropout as in training, so only probe and validation "
-        "(masks off, same checkpoint) compare with each other."
+        "The loss of training batches is taken while the weights move, masks on; only probe and "
+        "validation (masks off, same checkpoint) compare with each other."
     ]
     if not measured:
         sentences.append(

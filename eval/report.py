@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe, recipe_to_yaml
 
 TEMPLATES = Path(__file__).parent / "templates"
+PROVENANCE_ORDER = ("command", "started", "finished", "recipe sha256", "seed", "base", "data", "git", "versions")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -279,8 +280,12 @@ def provenance_tables(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[
     tasks = {name: f"version {version}" for name, version in results.get("versions", {}).items()}
     if tasks:
         parts.append(("Tasks", tasks))
+
+    def place(name: str) -> int:
+        return PROVENANCE_ORDER.index(name) if name in PROVENANCE_ORDER else len(PROVENANCE_ORDER)
+
     return [
-        (title, [(name, value_lines(value)) for name, value in part.items() if value is not None])
+        (title, [(name, value_lines(part[name])) for name in sorted(part, key=place) if part[name] is not None])
         for title, part in parts
     ]
 

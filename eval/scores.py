@@ -100,10 +100,14 @@ def _score_of(results: Mapping[str, Any], key: str, documents: int | None) -> Sc
     return score(float(results[key]), known, documents)
 
 
-def ordered_tasks(report: Mapping[str, Any], evaluated: Sequence[str]) -> list[tuple[str, bool]]:
-    """(name, is part of a group with a total), every group before its parts."""
-    groups = {name: parts for name, parts in report.get("group_subtasks", {}).items() if parts}
-    totals = {name for name in groups if metric_keys(report["results"].get(name, {}))}
+def ordered_tasks(groups: Mapping[str, Sequence[str]], evaluated: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """(name, is part of a group with a total), every group before its parts.
+
+    Args:
+        groups: lm-eval's ``group_subtasks``; tasks may be listed, with no parts.
+        evaluated: results by task and group.
+    """
+    totals = {name for name in evaluated if groups.get(name) and metric_keys(evaluated[name])}
     children = {part for parts in groups.values() for part in parts}
     order: list[tuple[str, bool]] = []
 
@@ -123,9 +127,9 @@ def score_rows(report: Mapping[str, Any]) -> list[ScoreRow]:
     systems = {
         name: report["lora_dropout"]["systems"][name] for name in SYSTEMS if name in report["lora_dropout"]["systems"]
     }
-    evaluated = list(dict.fromkeys(task for system in systems.values() for task in system["results"]))
+    evaluated = {task: results for system in systems.values() for task, results in system["results"].items()}
     rows = []
-    for task, subtask in ordered_tasks(report, evaluated):
+    for task, subtask in ordered_tasks(report.get("group_subtasks", {}), evaluated):
         documents = documents_of(task, report)
         of_task = {name: system["results"].get(task, {}) for name, system in systems.items()}
         for key in dict.fromkeys(key for results in of_task.values() for key in metric_keys(results)):
