@@ -273,6 +273,17 @@ def effective_training(recipe: Recipe) -> dict[str, Any]:
     return {**DEFAULTS, **validated, **recipe.training}
 
 
+def resolved_training(recipe: Recipe) -> dict[str, Any]:
+    """Every field that a recipe may set, with the value that is in force. Imports trl."""
+    theirs = {
+        name: field.default for name, field in _sft_fields().items() if name in accepted_types() or name in DEFAULTS
+    }
+    fields = {**theirs, **effective_training(recipe)}
+    if fields["activation_checkpointing"] is None:  # SFTConfig prefers the newer name where it is set
+        fields["activation_checkpointing"] = fields["gradient_checkpointing"]
+    return fields
+
+
 def sft_contradictions(recipe: Recipe) -> Contradiction | None:
     """Fields that are right one by one, but not together or not with another section; None where all agree."""
     problems = [

@@ -1,0 +1,303 @@
+"""Everything that can be said of a run before it starts, without loading a weight."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from dataclasses import dataclass, field
+
+import datasets
+import torch
+import transformers
+from accelerate import init_empty_weights
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pipeline.adapter import check_target_modules, lora_config
+from pipeline.base import check_device, load_config, load_tokenizer
+from pipeline.data import LabelStatistics, label_statistics, tokenise
+from pipeline.data.load import load_rows, read_raw
+from pipeline.data.tokenise import IGNORED
+from pipeline.errors import UserError
+from pipeline.estimate import (
+    PLAIN,
+    Batch,
+    ModelShape,
+    Numerics,
+    RankMemory,
+    batch,
+    checkpoint_bytes,
+    checkpoints_on_disk,
+    in_words,
+    rank_memory,
+)
+from pipeline.recipe import Recipe, schema
+from pipeline.recipe.training import resolved_training
+from pipeline.run_folder import check_run_folder, run_folder
+
+STAGES: tuple[int | None, ...] = (PLAIN, 0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first rows of the training data."""
+
+    tokenised: datasets.Dataset
+    """Columns ``input_ids``, ``labels``, ``truncated``, ``row``."""
+    statistics: LabelStatistics
+    """Of them."""
+    training_rows: int
+    """Of all the training data, after the split."""
+    validation_rows: int
+    """0 where the recipe measures none."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Forecast for the run's folder."""
+
+    checkpoint: int
+    """Bytes of one."""
+    checkpoints: int
+    """Most at once."""
+    adapter: int
+    """Bytes of the finished adapter."""
+    free: int
+    """Bytes free where the run's folder will be."""
+
+    @property
+    def needed(self) -> int:
+        """Bytes at the fullest, logs and tokenizer files apart."""
+        return self.checkpoint * self.checkpoints + self.adapter
+
+
+@dataclass
+class Findings:
+    """What was found; ``errors`` are what would stop or spoil the run."""
+
+    recipe: Recipe
+    tokenizer: transformers.PreTrainedTokenizerBase
+    shape: ModelShape | None = None
+    sample: Sample | None = None
+    batch: Batch | None = None
+    memory: dict[int | None, RankMemory] = field(default_factory=dict)
+    disk: Disk | None = None
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def examine(recipe: Recipe, rows: int, processes: int) -> Findings:
+    """Look at base, data, batch, memory and disk, as far as each can be looked at.
+
+    Args:
+        recipe: resolved.
+        rows: of the training data to tokenise.
+        processes: that training will be launched with.
+
+    Raises:
+        UserError: the base or its tokenizer cannot be had, without which nothing else can be said.
+    """
+    config = load_config(recipe.base, recipe.distributed.zero)
+    findings = Findings(recipe, load_tokenizer(recipe.base))
+    _look_at_machine(findings, config)
+    try:
+        findings.shape = model_shape(config, recipe)
+    except UserError as error:
+        findings.errors.append(str(error))
+    try:
+        findings.sample = first_rows(recipe, findings.tokenizer, rows)
+    except UserError as error:
+        findings.errors.append(str(error))
+    if findings.sample is not None:
+        _judge_labels(findings, findings.sample)
+        findings.batch = batch_of(recipe, findings.sample.training_rows, processes)
+    if findings.shape is not None:
+        rows_per_pass = batch_of(recipe, 1, processes).rows_per_pass
+        findings.memory = memory_by_stage(recipe, findings.shape, processes, rows_per_pass)
+    if findings.shape is not None and findings.batch is not None:
+        findings.disk = disk_forecast(recipe, findings.shape, findings.batch)
+        _judge_resources(findings, findings.disk)
+    return findings
+
+
+def model_shape(config: transformers.PretrainedConfig, recipe: Recipe) -> ModelShape:
+    """Sizes of base and adapter, from empty modules on torch's meta device: no weight is read.
+
+    Raises:
+        UserError: a target module that the model has not.
+    """
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.base.trust_remote_code)
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    check_target_modules(model, recipe.adapter)
+    adapted = get_peft_model(model, lora_config(recipe.adapter), low_cpu_mem_usage=True)
+    text = config.get_text_config()
+    return ModelShape(
+        parameters=parameters,
+        quantizable=sum(module.weight.numel() for module in linear),
+        largest_linear=max((module.weight.numel() for module in linear), default=0),
+        adapter_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        linear_outputs=sum(module.out_features for module in linear) // text.num_hidden_layers,
+    )
+
+
+def first_rows(recipe: Recipe, tokenizer: transformers.PreTrainedTokenizerBase, rows: int) -> Sample:
+    """The first rows of each source, tokenised as for training; validation rows of their own are read as well.
+
+    Raises:
+        UserError: data that cannot be read, or rows that the template does not fit.
+    """
+    data = recipe.data
+    tokenised = tokenise(load_rows([_first(source, rows) for source in data.train]), tokenizer, data.max_length)
+    count = sum(_count(source, f"data.train.{index}") for index, source in enumerate(data.train))
+    held_out = 0
+    if data.validation is not None and data.validation.source is not None:
+        load_rows([_first(data.validation.source, rows)], "data.validation.source")
+        held_out = _count(data.validation.source, "data.validation.source")
+    elif data.validation is not None and data.validation.fraction is not None:
+        held_out = math.ceil(count * data.validation.fraction)
+        count -= held_out
+    return Sample(tokenised, label_statistics(tokenised), count, held_out)
+
+
+def _first(source: schema.Source, rows: int) -> schema.Source:
+    return source.model_copy(update={"limit": rows if source.limit is None else min(rows, source.limit)})
+
+
+def _count(source: schema.Source, key: str) -> int:
+    rows = len(read_raw(source, key))
+    return rows if source.limit is None else min(rows, source.limit)
+
+
+def spans(labels: list[int]) -> list[tuple[int, int, bool]]:
+    """Runs of tokens alike in being trained: start, end, trained. The first token is never predicted."""
+    trained = [index > 0 and label != IGNORED for index, label in enumerate(labels)]
+    edges = [0, *(i for i in range(1, len(labels)) if trained[i] != trained[i - 1]), len(labels)]
+    return [(start, end, trained[start]) for start, end in itertools.pairwise(edges) if end > start]
+
+
+def batch_of(recipe: Recipe, rows: int, processes: int) -> Batch:
+    """Batch arithmetic of the recipe over so many training rows."""
+    training, dropout = resolved_training(recipe), recipe.adapter.dropout
+    return batch(
+        rows=rows,
+        micro_batch=training["per_device_train_batch_size"],
+        accumulation=training["gradient_accumulation_steps"],
+        processes=processes,
+        epochs=training["num_train_epochs"],
+        max_steps=training["max_steps"],
+        instances=dropout.instances,
+        batched=dropout.execution == "batched",
+    )
+
+
+def numerics_of(recipe: Recipe) -> Numerics:
+    """How the recipe stores numbers."""
+    training = resolved_training(recipe)
+    return Numerics(
+        quantization=recipe.base.quantization,
+        dtype=recipe.base.dtype,
+        double_quantization=recipe.base.double_quantization,
+        checkpointing=training["activation_checkpointing"],
+        eager_attention=recipe.base.attention == "eager",
+        moments_bytes=2 if "8bit" in training["optim"] else 8,
+    )
+
+
+def memory_by_stage(
+    recipe: Recipe, shape: ModelShape, processes: int, rows_per_pass: int
+) -> dict[int | None, RankMemory]:
+    """Bytes per rank under plain python and under each ZeRO stage, all else as in the recipe."""
+    return {
+        stage: rank_memory(
+            shape,
+            numerics_of(recipe),
+            stage,
+            1 if stage is PLAIN else processes,
+            rows_per_pass,
+            recipe.data.max_length,
+            recipe.distributed.offload,
+        )
+        for stage in STAGES
+    }
+
+
+def disk_forecast(recipe: Recipe, shape: ModelShape, run: Batch) -> Disk:
+    """Bytes that checkpoints will take, and that are free where they go."""
+    training, numerics, zero = resolved_training(recipe), numerics_of(recipe), recipe.distributed.zero
+    existing = run_folder(recipe).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return Disk(
+        checkpoint=checkpoint_bytes(shape, numerics, zero, run.processes, not training["save_only_model"]),
+        checkpoints=checkpoints_on_disk(
+            training["save_strategy"],
+            training["save_steps"],
+            run.steps,
+            run.steps / run.steps_per_epoch,
+            training["save_total_limit"],
+        ),
+        adapter=shape.adapter_parameters * numerics.width,
+        free=shutil.disk_usage(existing).free,
+    )
+
+
+def _look_at_machine(findings: Findings, config: transformers.PretrainedConfig) -> None:
+    """What the base's configuration, this machine and the run's folder say about the recipe."""
+    recipe = findings.recipe
+    longest = config.get_text_config().to_dict().get("max_position_embeddings")
+    if longest is not None and recipe.data.max_length > longest:
+        findings.errors.append(
+            f"data.max_length: found {recipe.data.max_length}, but {recipe.base.model} was made for at most {longest} "
+            "positions: lower it"
+        )
+    try:
+        check_device(recipe.base)
+    except UserError as error:
+        # without a GPU this may be a login node, and what fits there says nothing about the nodes that train
+        (findings.errors if torch.cuda.is_available() else findings.warnings).append(str(error))
+    try:
+        check_run_folder(recipe, overwrite=False)
+    except UserError as error:
+        findings.warnings.append(str(error))
+
+
+def _judge_labels(findings: Findings, sample: Sample) -> None:
+    statistics = sample.statistics
+    if statistics.untrained_rows:
+        listed = ", ".join(str(row + 1) for row in statistics.untrained_rows[:10])
+        more = ", ..." if len(statistics.untrained_rows) > 10 else ""
+        findings.errors.append(
+            f"data.train: {len(statistics.untrained_rows)} of the first {statistics.rows} rows have no trained token "
+            f"(rows {listed}{more}): the prompt alone fills data.max_length {findings.recipe.data.max_length}, or the "
+            "completion is empty.\nRaise data.max_length or mend the rows."
+        )
+    if statistics.truncated_rows:
+        findings.warnings.append(
+            f"data.max_length: {statistics.truncated_rows} of the first {statistics.rows} rows lose their end at "
+            f"{findings.recipe.data.max_length} tokens, and EOS with it"
+        )
+
+
+def _judge_resources(findings: Findings, disk: Disk) -> None:
+    if disk.needed > disk.free:
+        findings.errors.append(
+            f"output: checkpoints will take {in_words(disk.needed)}, and {in_words(disk.free)} are free in "
+            f"{run_folder(findings.recipe)}.\nLower training.save_total_limit, or choose another output."
+        )
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        needed = findings.memory[findings.recipe.distributed.zero].peak
+        if needed > device.total_memory:
+            findings.warnings.append(
+                f"memory: about {in_words(needed)} per rank, and {device.name} has {in_words(device.total_memory)}.\n"
+                "In this order: a smaller training.per_device_train_batch_size with more gradient_accumulation_steps, "
+                "adapter.dropout.execution=sequential, a shorter data.max_length, a higher distributed.zero."
+            )
