@@ -57,7 +57,7 @@ def adapted(pocket_base: Path) -> Adapted:
     return Adapted(model, AutoTokenizer.from_pretrained(pocket_base), dropout, dense_member)
 
 
-WORDS = "the a old dog house river walked slowly saw her him morning letter under because white never asked".split()
+WORDS = ["the", "old", "dog", "house", "river", "walked", "slowly", "saw", "her", "letter", "under", "white", "never"]
 
 
 @pytest.fixture(scope="session")

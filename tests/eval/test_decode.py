@@ -162,7 +162,9 @@ def test_masks_are_off_after_decoding_and_after_an_error(adapted: Any) -> None:
 
 
 @given(
-    members=st.integers(1, 5), average=st.sampled_from(["logits", "probabilities"]), spread=st.sampled_from([1.0, 300.0])
+    members=st.integers(1, 5),
+    average=st.sampled_from(["logits", "probabilities"]),
+    spread=st.sampled_from([1.0, 300.0]),
 )
 def test_running_average_is_the_average(members: int, average: str, spread: float) -> None:
     logits = torch.randn(members, 3, 7, dtype=torch.float64) * spread

@@ -1,0 +1,179 @@
+"""The evaluation stage: systems, scores, the folder it leaves, and what bad input answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.metrics import mean_stderr
+from peft import get_peft_model_state_dict
+
+from eval import run
+from eval.run import check_base, evaluate, memory_advice, systems_of
+from pipeline.adapter import AdapterSettings, read_settings, save_adapter
+from pipeline.errors import UserError
+from pipeline.recipe.schema import Adapter, Base, Data, Dropout, Ensemble, Eval, Recipe, Source
+
+
+def settings(rate: float = 0.5) -> AdapterSettings:
+    return AdapterSettings(rate=rate, instances=1, sampling="example", rescale=True, alpha=8.0, seed=7)
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(adapted: Any, pocket_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random adapter as training would leave it, with a log."""
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted.model.peft_config["default"].base_model_name_or_path = str(pocket_base)
+    save_adapter(adapted.model, get_peft_model_state_dict(adapted.model), settings(), folder)
+    (folder / "history.jsonl").write_text(json.dumps({"step": 1, "epoch": 0.5, "loss": 2.5, "time": 0.0}) + "\n")
+    (folder / "provenance.json").write_text(json.dumps({"seed": 7}))
+    return folder
+
+
+@pytest.fixture
+def recipe(pocket_base: Path, task_folder: Path) -> Recipe:
+    return Recipe(
+        name="tiny",
+        base=Base(model=str(pocket_base), quantization="none", dtype="float32"),
+        adapter=Adapter(rank=4, alpha=8.0, dropout=Dropout(rate=0.5)),
+        data=Data(train=[Source(path="unused.json")]),
+        eval=Eval(
+            tasks=["tiny_choice", "tiny_words", "tiny_text"],
+            task_folders=[str(task_folder)],
+            ensemble=Ensemble(instances=3),
+            batch_size=4,
+        ),
+    )
+
+
+def with_eval(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update=changes)})
+
+
+def test_one_evaluation_leaves_everything(recipe: Recipe, adapter_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = evaluate(recipe, adapter_folder, tmp_path)
+    assert folder is not None and folder.parent == tmp_path / "tiny"
+    assert (tmp_path / "tiny" / "latest").resolve() == folder.resolve()
+    assert {file.name for file in (tmp_path / "tiny").iterdir()} == {folder.name, "latest"}, "no partial folder is left"
+    assert {"report.md", "report.html"} <= {file.name for file in folder.iterdir()}
+    said = capsys.readouterr().out
+    assert "Evaluating the base without adapter (1 of 3)" in said
+    assert "the ensemble of 3 masked adapters, average of logits (3 of 3)" in said
+
+    results = json.loads((folder / "results.json").read_text())
+    ours = results["lora_dropout"]
+    assert list(ours["systems"]) == ["base", "deterministic", "ensemble"]
+    assert {"results", "configs", "versions", "n-shot", "higher_is_better", "n-samples"} <= results.keys()
+    assert results["results"] == ours["systems"]["ensemble"]["results"], "lm-eval's part is the last system's"
+    assert ours["ensemble"] == {"instances": 3, "average": "logits", "seed": 7}
+    assert ours["history"][0]["loss"] == 2.5 and ours["provenance"]["training"] == {"seed": 7}
+    assert ours["provenance"]["evaluation"]["versions"]["lm-eval"]
+    assert all(system["seconds"] > 0 for system in ours["systems"].values())
+
+    texts = []
+    for system, scores in ours["systems"].items():
+        samples = [json.loads(line) for line in (folder / f"samples_{system}_tiny_choice.jsonl").open()]
+        assert [sample["doc_id"] for sample in samples] == list(range(11))
+        correct = [sample["acc"] for sample in samples]
+        assert scores["results"]["tiny_choice"]["acc,none"] == sum(correct) / 11
+        assert scores["results"]["tiny_choice"]["acc_stderr,none"] == pytest.approx(mean_stderr(correct))
+        assert scores["results"]["tiny_text"]["bits_per_byte_stderr,none"] == "N/A", "not a mean over documents"
+        texts.append((folder / f"samples_{system}_tiny_words.jsonl").read_text())
+    assert len(set(texts)) == 3, "three systems, three answers"
+
+
+def test_results_are_never_overwritten(recipe: Recipe, adapter_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run, "now", lambda: "2030-01-02T03:04:05+00:00")
+    quick = with_eval(recipe, tasks=["tiny_choice"], limit=2, systems=["deterministic"])
+    folders = [evaluate(quick, adapter_folder, tmp_path, progress=False) for _ in range(2)]
+    assert [folder.name for folder in folders if folder] == ["20300102-030405", "20300102-030405-2"]
+    assert (tmp_path / "tiny" / "latest").resolve().name == "20300102-030405-2"
+
+
+def test_groups_get_standard_errors_too(
+    recipe: Recipe, adapter_folder: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    tasks = shutil.copytree(task_folder, tmp_path / "tasks")
+    twin = (tasks / "tiny_choice.yaml").read_text().replace("task: tiny_choice", "task: tiny_twin")
+    (tasks / "tiny_twin.yaml").write_text(twin)
+    (tasks / "group.yaml").write_text(
+        "group: tiny_group\ntask: [tiny_choice, tiny_twin]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    grouped = with_eval(recipe, tasks=["tiny_group"], task_folders=[str(tasks)], systems=["deterministic"])
+    folder = evaluate(grouped, adapter_folder, tmp_path / "out", progress=False)
+    assert folder is not None
+    results = json.loads((folder / "results.json").read_text())
+    for scores in (results["groups"], results["results"]):
+        assert scores["tiny_group"]["acc,none"] == results["results"]["tiny_choice"]["acc,none"]
+        assert scores["tiny_group"]["acc_stderr,none"] == pytest.approx(
+            results["results"]["tiny_choice"]["acc_stderr,none"] / math.sqrt(2)
+        )
+
+
+def test_the_training_prompt_reaches_the_tasks(recipe: Recipe, adapter_folder: Path, tmp_path: Path) -> None:
+    quick = with_eval(
+        recipe, tasks=["tiny_choice", "tiny_words"], limit=2, systems=["deterministic"], prompt="training"
+    )
+    folder = evaluate(quick, adapter_folder, tmp_path, progress=False)
+    assert folder is not None
+    for task in ("tiny_choice", "tiny_words"):
+        for line in (folder / f"samples_deterministic_{task}.jsonl").open():
+            prompt = json.loads(line)["arguments"][0][0]
+            assert prompt.startswith("Below is an instruction") and prompt.endswith("### Response:\n")
+
+
+def test_without_lora_dropout_there_is_no_ensemble(recipe: Recipe, capsys: Any) -> None:
+    folder = Path("outputs/plain")
+    assert systems_of(recipe.eval, settings(rate=0.0), folder) == ["base", "deterministic"]
+    said = capsys.readouterr().out
+    assert "outputs/plain was trained without LoRA Dropout (rate 0)" in said and "worse than none" in said
+    with pytest.raises(UserError, match="no ensemble over masks; evaluate it with"):
+        systems_of(with_eval(recipe, systems=["ensemble"]).eval, settings(rate=0.0), folder)
+    with pytest.raises(UserError, match="systems: empty"):
+        systems_of(with_eval(recipe, systems=[]).eval, settings(), folder)
+
+
+def test_a_missing_adapter_is_named_before_anything_is_loaded(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no adapter here .found: no such folder.*\n.*train first with launch/sft.py"):
+        evaluate(recipe, tmp_path / "nothing", tmp_path)
+
+
+def test_an_adapter_of_another_base_is_refused(recipe: Recipe, adapter_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(adapter_folder, tmp_path / "other")
+    file = other / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "base_model_name_or_path": "meta-llama/Llama-2-7b-hf"}))
+    with pytest.raises(UserError, match=r"trained on the base 'meta-llama/Llama-2-7b-hf', but base.model is"):
+        evaluate(recipe, other, tmp_path)
+    file.write_text(json.dumps({**config, "base_model_name_or_path": "/elsewhere/base"}))
+    check_base(recipe.base, other)  # moved, same name
+
+
+def test_an_untrained_adapter_is_refused(recipe: Recipe, adapted: Any, adapter_folder: Path, tmp_path: Path) -> None:
+    zero = shutil.copytree(adapter_folder, tmp_path / "zero")
+    weights = {
+        name: torch.zeros_like(weight) if "lora_B" in name else weight
+        for name, weight in get_peft_model_state_dict(adapted.model).items()
+    }
+    save_adapter(adapted.model, weights, read_settings(zero), zero)
+    with pytest.raises(UserError, match="the adapter does not change the model"):
+        evaluate(recipe, zero, tmp_path)
+
+
+def test_out_of_memory_says_what_to_change_in_order(recipe: Recipe) -> None:
+    with pytest.raises(UserError) as error, memory_advice(recipe.eval):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    lines = str(error.value).splitlines()
+    assert "eval.batch_size=2" in lines[1]
+    assert "eval.ensemble.rows_per_pass=6" in lines[2]
+    assert [line.strip()[0] for line in lines[1:]] == ["1", "2", "3", "4", "5"]
+    single = with_eval(recipe, batch_size=1, systems=["deterministic"]).eval
+    with pytest.raises(UserError) as error, memory_advice(single):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "eval.batch_size" not in str(error.value) and "ensemble" not in str(error.value)
