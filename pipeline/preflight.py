@@ -130,6 +130,7 @@ def model_shape(config: transformers.PretrainedConfig, recipe: Recipe) -> ModelS
     """
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.base.trust_remote_code)
+    model.tie_weights()  # init_empty_weights gives each module a parameter of its own
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     parameters = sum(parameter.numel() for parameter in model.parameters())

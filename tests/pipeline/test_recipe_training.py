@@ -10,7 +10,15 @@ import pytest
 
 from pipeline.recipe import RecipeError, load_recipe
 from pipeline.recipe.json_schema import all_keys
-from pipeline.recipe.training import BOUNDS, DEFAULTS, FORMER, REFUSED, accepted_types, effective_training
+from pipeline.recipe.training import (
+    BOUNDS,
+    DEFAULTS,
+    FORMER,
+    REFUSED,
+    accepted_types,
+    effective_training,
+    resolved_training,
+)
 
 RECIPE = """\
 name: t
@@ -175,3 +183,19 @@ def test_effective_training_lays_the_recipe_on_our_defaults(recipe_file: Path) -
     assert fields["eval_strategy"] == "epoch"
     without = load_recipe(recipe_file, ["data.validation=null"])
     assert "eval_strategy" not in effective_training(without)
+
+
+@pytest.mark.parametrize("overrides", [[], ["data.validation=null"], ["training={max_steps: 7, optim: adamw_8bit}"]])
+def test_the_trainer_runs_with_what_the_check_reckons_with(
+    recipe_file: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    from pipeline.arguments import sft_config
+
+    recipe = load_recipe(recipe_file, overrides)
+    config, resolved = sft_config(recipe, tmp_path / "run"), resolved_training(recipe)
+    for name in (
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+        "max_steps", "learning_rate", "save_strategy", "save_steps", "save_total_limit", "save_only_model",
+        "eval_strategy", "activation_checkpointing", "optim", "report_to", "logging_nan_inf_filter",
+    ):  # fmt: skip
+        assert getattr(config, name) == resolved[name], name
