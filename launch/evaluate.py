@@ -32,11 +32,12 @@ def evaluate(
     from pipeline.environment import prepare_environment
 
     prepare_environment()
-    from eval.run import evaluate as run
     from pipeline.recipe import load_recipe
-    from pipeline.run_folder import run_folder
 
     recipe = load_recipe(recipe_file, overrides or [])
+    from eval.run import evaluate as run  # takes seconds to import: after the recipe's mistakes are told
+    from pipeline.run_folder import run_folder
+
     run(recipe, adapter or run_folder(recipe), output)
 
 
