@@ -102,11 +102,14 @@ def _with_overrides(root: Node, overrides: Sequence[str], problems: list[Problem
 
 
 def _with_absolute_paths(node: Node, schema: Schema, folder: Path) -> Node:
-    """`node` with every `./` and `../` under a key that the schema marks as local-or-hub made absolute."""
+    """`node` with every `./`, `../` and `~/` under a key that the schema marks as local-or-hub made absolute."""
     value = node.value
     if isinstance(value, str):
-        is_path = any(arm.get("format") == LOCAL_OR_HUB for arm in arms(schema))
-        if is_path and (value in (".", "..") or value.startswith(("./", "../"))):
+        if all(arm.get("format") != LOCAL_OR_HUB for arm in arms(schema)):
+            return node
+        if value.startswith("~/"):
+            return replace(node, value=os.path.expanduser(value))
+        if value in (".", "..") or value.startswith(("./", "../")):
             return replace(node, value=os.path.normpath(folder.absolute() / value))
         return node
     if isinstance(value, list):

@@ -126,7 +126,10 @@ def read_file(path: Path) -> tuple[Node, list[Problem]]:
     top = Place(path, 1)
     if not path.is_file():
         raise RecipeError([Problem(Place(path), "", _missing_file(path))])
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RecipeError([Problem(Place(path), "", f"cannot be read: {error.strerror}")]) from error
     if len(raw) > MOST_BYTES:
         raise RecipeError([Problem(top, "", f"{len(raw):,} bytes long; expected a recipe of at most {MOST_BYTES:,}")])
     try:

@@ -14,7 +14,7 @@ LOCAL_OR_HUB = "local-or-hub"
 """JSON schema format of a string that names a local path or a Hub id.
 
 In a recipe file, a value that starts with ``./`` or ``../`` is relative to that file; on the command line it is
-relative to the working directory. Anything else is a path if it exists, else a Hub id.
+relative to the working directory. ``~/`` is the home folder. Anything else is a path if it exists, else a Hub id.
 """
 
 PathOrHubId = Annotated[str, Field(json_schema_extra={"format": LOCAL_OR_HUB})]

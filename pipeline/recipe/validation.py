@@ -60,7 +60,7 @@ def _judged(
             problems += _contradictions(cause, path, tree, repaired)
             keys = {(*path, *key.split(".")) for names, _ in cause.problems for key in names}
             written = {key for key in keys if tree.at(key) is not None}
-            found.update(dict.fromkeys(written or {path}, "contradiction"))
+            found.update(dict.fromkeys(written or {key for key in (path,) if key}, "contradiction"))
         else:
             found[path] = detail["type"]
     for path, kind in found.items():
@@ -105,7 +105,7 @@ def _contradictions(cause: Contradiction, section: KeyPath, tree: Node, repaired
     problems = []
     for names, message in cause.problems:
         keys = [(*section, *name.split(".")) for name in names]
-        if any(_touches(key, [path for path in repaired if path != ()]) for key in keys):
+        if any(_touches(key, repaired) for key in keys):
             continue  # it may be the repair that contradicts
         culprit = next((key for key in keys if tree.at(key) is not None), section)
         problems.append(Problem(tree.nearest(culprit).place, display_key(culprit), message))

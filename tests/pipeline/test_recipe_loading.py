@@ -139,7 +139,9 @@ def test_paths_are_relative_to_where_they_are_written(tmp_path: Path, monkeypatc
     working = tmp_path / "working"
     working.mkdir()
     monkeypatch.chdir(working)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     recipe = load_recipe(Path("../mine/child.yaml"), ["data.train.1.path=./c.json", "output=./here"])
+    assert load_recipe(path, ["base.model=~/b"]).base.model == str(tmp_path / "home" / "b")
     assert recipe.base.model == str(tmp_path / "base")
     assert recipe.base.tokenizer == "owner/model"
     assert [source.path for source in recipe.data.train] == [str(tmp_path / "library/a.json"), str(working / "c.json")]
