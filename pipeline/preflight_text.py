@@ -78,7 +78,7 @@ def batch_text(run: Batch, sample: Sample, recipe: Recipe) -> Text:
     """The arithmetic from micro-batch to the whole run."""
     validation = f", {sample.validation_rows:,} held out" if sample.validation_rows else ""
     lines = [
-        f"{run.micro_batch} examples x {run.accumulation} accumulation x {run.processes} processes = "
+        f"{run.micro_batch} examples x {run.accumulation} accumulation x {_processes(run.processes)} = "
         f"{run.examples_per_step} examples per optimizer step",
         f"{sample.training_rows:,} training rows{validation}: {run.steps_per_epoch:,} steps per epoch, "
         f"{run.steps:,} steps in all",
@@ -125,10 +125,14 @@ def memory_table(findings: Findings) -> RenderableType:
         table.add_row(title, *(_size(size(memory)) for memory in findings.memory.values()))
     processes = findings.batch.processes if findings.batch is not None else 1
     note = (
-        f"{CHOSEN} the recipe's stage, {processes} processes; python: one process without DeepSpeed. "
+        f"{CHOSEN} the recipe's stage, {_processes(processes)}; python: one process without DeepSpeed. "
         "About 1 GiB of CUDA context and fragments comes on top."
     )
     return Group(table, Text(note, style="dim"))
+
+
+def _processes(count: int) -> str:
+    return f"{count} process" + ("es" if count > 1 else "")
 
 
 def _size(size: int) -> str:
@@ -137,7 +141,10 @@ def _size(size: int) -> str:
 
 def disk_text(disk: Disk) -> Text:
     """What checkpoints take, and what is free."""
+    checkpoints = (
+        f"{disk.checkpoints} checkpoints of {in_words(disk.checkpoint)} at once" if disk.checkpoints else "none"
+    )
     return Text(
-        f"{disk.checkpoints} checkpoints of {in_words(disk.checkpoint)} at once, then an adapter of "
-        f"{in_words(disk.adapter)}: {in_words(disk.needed)} of {in_words(disk.free)} free"
+        f"checkpoints: {checkpoints}; adapter: {in_words(disk.adapter)}; together {in_words(disk.needed)} of "
+        f"{in_words(disk.free)} free"
     )

@@ -28,7 +28,7 @@ def editor_schema(training_fields: Mapping[str, Schema]) -> dict[str, Any]:
     Args:
         training_fields: JSON schema of each field, from ``training.field_schemas``.
     """
-    schema = _without(dict(recipe_schema()), ("required", "title"))
+    schema = _without(dict(recipe_schema()), ("required", "title", "words"))
     training = schema["properties"]["training"]
     training |= {"properties": dict(training_fields), "additionalProperties": False}
     schema["properties"] = {"extends": _EXTENDS, **schema["properties"]}

@@ -243,7 +243,10 @@ class Eval(Section):
 class Recipe(Section):
     """An experiment. How many processes run it, and where, is the launcher's business."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        json_schema_extra={"words": "letters, digits, dots, dashes and underscores, a letter or digit first"},
+    )
     """Names the output folders."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seeds initialisation, data order and masks."""

@@ -28,7 +28,7 @@ def _kind(arm: Schema) -> str:
         case "number":
             return "a number" + _bounds(arm)
         case "string":
-            return f"text that matches {arm['pattern']}" if "pattern" in arm else "text"
+            return arm.get("words", "text")
         case "boolean":
             return "true or false"
         case "null":

@@ -88,7 +88,7 @@ def test_added_line(tmp_path: Path, added: str, line: int, expected: str) -> Non
         ("adapter.target_modules=[q_proj, 3]", "adapter.target_modules.1: found 3, expected text"),
         ("base.quantization=nf8", "expected one of nf4, int8, none; did you mean nf4?"),
         ("base.quantisation=nf4", "did you mean base.quantization?"),
-        ("name=a/b", "found the text 'a/b', expected text that matches"),
+        ("name=a/b", "found the text 'a/b', expected letters, digits, dots, dashes and underscores"),
         ("data.train.1.path=x", "data.train.1.path: found '1' as the index into data.train, expected 0"),
         ("data.train.first.path=x", "found 'first' as the index into data.train, expected 0"),
         ("data.train=[]", "data.train: found an empty list, expected a list of at least 1, each a mapping with keys"),
@@ -152,7 +152,7 @@ training: {max_length: 3, learning_rte: 1}
     ]  # fmt: skip
     everything = "\n".join(found)
     for part in (
-        "name: missing; expected text",
+        "name: missing; expected letters, digits",
         "nam: unknown key (found the text 'x')",
         "base.model: missing; expected text",
         "did you mean base.model?",
