@@ -216,7 +216,8 @@ class EnsembleDecoder:
             logits = rows.next_logits(newest, **forward_arguments)
             average = RunningAverage(self.ensemble.average)
             average.add(logits)
-            scores = logits_processor(input_ids, average.value())
+            # transformers asks for a LongTensor, a type that no torch function declares to return
+            scores = logits_processor(input_ids, average.value())  # type: ignore[arg-type]
             if generation_config.do_sample:
                 chosen = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
             else:

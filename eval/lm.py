@@ -10,6 +10,7 @@ Legend: N members, n members of one pass, B requests, T tokens, V vocabulary.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -74,6 +75,10 @@ class EnsembleLM(HFLM):
         self.ensemble = ensemble
         self.training_prompt = training_prompt
         self.group = group
+        self.requests = 0
+        """Answered so far, by all processes."""
+        self.seconds = 0.0
+        """Spent on them, without lm-eval's own preparation and scoring."""
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
@@ -112,8 +117,16 @@ class EnsembleLM(HFLM):
         self, answers: Callable[[list[Instance], bool], list[Answer]], requests: list[Instance], disable_tqdm: bool
     ) -> list[Answer]:
         """All answers, each computed by one of the group's processes."""
-        if self.group is None:
-            return answers(requests, disable_tqdm)
+        started = time.perf_counter()
+        found = answers(requests, disable_tqdm) if self.group is None else self._dealt(answers, requests, disable_tqdm)
+        self.seconds += time.perf_counter() - started
+        self.requests += len(requests)
+        return found
+
+    def _dealt(
+        self, answers: Callable[[list[Instance], bool], list[Answer]], requests: list[Instance], disable_tqdm: bool
+    ) -> list[Answer]:
+        """This process answers its share, and gets the others' answers."""
         rank = dist.get_rank(self.group)
         indices = share(requests, rank, dist.get_world_size(self.group))
         mine = answers([requests[index] for index in indices], disable_tqdm or rank != 0) if indices else []

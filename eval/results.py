@@ -38,7 +38,9 @@ class SystemScores:
     """lm-eval's own, without samples."""
     samples: dict[str, list[dict[str, Any]]]
     """lm-eval's, by task, in the order of the documents."""
+    requests: int
     seconds: float
+    """Spent on the requests."""
     peak_gpu_bytes: int | None
 
 
@@ -78,6 +80,7 @@ def our_section(
         "systems": {
             system: {
                 "results": scores.results["results"],
+                "requests": scores.requests,
                 "seconds": scores.seconds,
                 "peak_memory_bytes": scores.peak_gpu_bytes,
             }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -115,7 +114,7 @@ def systems_of(section: schema.Eval, settings: AdapterSettings, adapter: Path) -
     Raises:
         UserError: nothing is left to run.
     """
-    systems = [system for system in SYSTEMS if system in section.systems]
+    systems: list[str] = [system for system in SYSTEMS if system in section.systems]
     if "ensemble" in systems and settings.rate == 0:
         systems.remove("ensemble")
         reason = f"{adapter} was trained without LoRA Dropout (rate 0), so there is no ensemble over masks"
@@ -152,7 +151,6 @@ def system_scores(lm: EnsembleLM, tasks: list[Task | Group], section: schema.Eva
     """Run one system. Results are empty on all but the first process of a machine (lm-eval's choice)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
     results = lm_eval.simple_evaluate(
         model=lm,
         tasks=tasks,
@@ -165,13 +163,12 @@ def system_scores(lm: EnsembleLM, tasks: list[Task | Group], section: schema.Eva
         apply_chat_template=lm.training_prompt is not None,
         fewshot_as_multiturn=False,
     )
-    seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     results = dict(results or {})
     samples = results.pop("samples", {})
     if results:
         add_stderrs(results, samples, tasks)
-    return SystemScores(results, samples, seconds, peak)
+    return SystemScores(results, samples, lm.requests, lm.seconds, peak)
 
 
 @contextmanager

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from peft import LoraConfig, get_peft_model
 
 from eval.lm import EnsembleLM, share
+from pipeline.base import load_base
 from pipeline.data import PromptTemplate
 from pipeline.data.tokenise import tokenised_row
 from pipeline.errors import UserError
-from pipeline.recipe.schema import Ensemble, Source
+from pipeline.recipe.schema import Base, Ensemble, Source
 
 
 def evaluated(lm: HFLM, folder: Path, tasks: list[str], **arguments: Any) -> dict[str, Any]:
@@ -60,6 +62,20 @@ def test_without_an_ensemble_every_answer_is_stock_lm_evals(
         with adapted.model.disable_adapter():
             found, expected = (answers(evaluated(lm, task_folder, tasks)) for lm in (ours, stock))
     assert found == expected  # bit for bit
+
+
+def test_without_an_ensemble_a_4_bit_base_is_stock_lm_evals_too(
+    pocket_base: Path, task_folder: Path, adapted: Any
+) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(load_base(Base(model=str(pocket_base))), LoraConfig(r=4, target_modules="all-linear")).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    ours = EnsembleLM(model, adapted.tokenizer, batch_size=4)
+    stock = HFLM(pretrained=model, tokenizer=adapted.tokenizer, batch_size=4)
+    found, expected = (answers(evaluated(lm, task_folder, ["tiny_choice", "tiny_words"])) for lm in (ours, stock))
+    assert found == expected
 
 
 @pytest.mark.parametrize("average", ["logits", "probabilities"])

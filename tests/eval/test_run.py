@@ -74,6 +74,7 @@ def test_one_evaluation_leaves_everything(recipe: Recipe, adapter_folder: Path, 
     assert ours["history"][0]["loss"] == 2.5 and ours["provenance"]["training"] == {"seed": 7}
     assert ours["provenance"]["evaluation"]["versions"]["lm-eval"]
     assert all(system["seconds"] > 0 for system in ours["systems"].values())
+    assert {system["requests"] for system in ours["systems"].values()} == {3 * 11 + 11 + 11}
 
     texts = []
     for system, scores in ours["systems"].items():
