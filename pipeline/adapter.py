@@ -38,7 +38,7 @@ def lora_config(adapter: schema.Adapter) -> LoraConfig:
     dropout = adapter.dropout
     return LoraConfig(
         r=adapter.rank,
-        lora_alpha=folded_alpha(adapter.alpha, dropout.rate, dropout.rescale),
+        lora_alpha=folded_alpha(adapter.alpha, dropout.rate, dropout.rescale),  # type: ignore[arg-type]  # any float
         target_modules=adapter.target_modules,
         lora_dropout=adapter.input_dropout,
         bias="none",

@@ -85,7 +85,9 @@ def train(recipe: Recipe, overwrite: bool = False) -> Path:
             print(f"\nInterrupted at step {trainer.state.global_step}; checkpoints are in {folder / 'checkpoints'}")
         raise KeyboardInterrupt
     _write_results(trainer, recipe, {**record, "finished": now()}, folder)
-    _free(trainer)
+    trainer.accelerator.free_memory()
+    del trainer, model
+    _release_memory()
     return folder
 
 
@@ -151,10 +153,8 @@ def out_of_memory_advice(recipe: Recipe) -> str:
     return f"out of memory. Change, in this order:\n{numbered}"
 
 
-def _free(trainer: LoraDropoutTrainer) -> None:
-    """Give back the memory of model and engine, and forget ZeRO-3, so that the evaluation can load its own base."""
-    trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = None
+def _release_memory() -> None:
+    """Give memory back and forget ZeRO-3, so that the evaluation loads its own base: never score on the engine."""
     unset_hf_deepspeed_config()
     gc.collect()
     if torch.cuda.is_available():

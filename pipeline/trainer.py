@@ -67,7 +67,8 @@ class LoraDropoutTrainer(SFTTrainer):
             model=model,
             args=arguments,
             data_collator=RowCollator(
-                pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=arguments.pad_to_multiple_of
+                pad_token_id=tokenizer.pad_token_id,
+                pad_to_multiple_of=arguments.pad_to_multiple_of,  # type: ignore[arg-type]  # "auto" is resolved
             ),
             train_dataset=train,
             eval_dataset=evaluation,
@@ -95,8 +96,7 @@ class LoraDropoutTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "row" not in self._signature_columns:
-            self._signature_columns.append("row")
+        self._signature_columns = sorted({*(self._signature_columns or []), "row"})
 
     def training_step(
         self,
@@ -187,8 +187,7 @@ class LoraDropoutTrainer(SFTTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         losses, tokens = torch.cat(self._evaluated).double().sum(dim=0).tolist()
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics[f"{prefix}_loss"] = losses / tokens
-        return output
+        return output._replace(metrics={**(output.metrics or {}), f"{prefix}_loss": losses / tokens})
 
 
 def _multiplied(items: torch.Tensor | int | None, copies: int) -> torch.Tensor | int | None:

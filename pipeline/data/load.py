@@ -9,10 +9,11 @@ from typing import Any
 
 import datasets
 
-from pipeline.data.prompts import FORMAT_COLUMNS, OPTIONAL_COLUMNS, PromptTemplate
+from pipeline.data.prompts import OPTIONAL_COLUMNS, PromptTemplate
 from pipeline.errors import UserError
 from pipeline.hub import check_local, hub_errors
 from pipeline.recipe import schema
+from pipeline.recipe.schema import FORMAT_COLUMNS
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 

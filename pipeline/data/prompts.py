@@ -22,7 +22,6 @@ ALPACA = (
 )
 
 FORMAT_PROMPTS = {"alpaca": ALPACA, "prompt-completion": "{{ prompt }}"}
-FORMAT_COLUMNS = {"alpaca": ("instruction", "input", "output"), "prompt-completion": ("prompt", "completion")}
 OPTIONAL_COLUMNS = {"input"}
 
 # Templates come from recipes, which people share: sandboxed, and a missing column is an error, not an empty string.

@@ -60,6 +60,7 @@ def split_rows(data: schema.Data, seed: int) -> tuple[datasets.Dataset, datasets
         return rows, None
     if data.validation.source is not None:
         return rows, load_rows([data.validation.source], "data.validation.source")
+    assert data.validation.fraction is not None  # the schema asks for exactly one of the two
     if round(len(rows) * data.validation.fraction) in (0, len(rows)):
         raise UserError(
             f"data.validation.fraction: {data.validation.fraction} of {len(rows)} rows leaves one split empty; "

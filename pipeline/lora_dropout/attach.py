@@ -47,6 +47,12 @@ def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return dict(sorted(layers.items()))
 
 
+def feature_counts(layer: LoraLayer) -> tuple[int, int]:
+    """Input and output features of the frozen layer; its weight's shape would be that of a shard under ZeRO-3."""
+    assert layer.in_features is not None and layer.out_features is not None
+    return layer.in_features, layer.out_features
+
+
 class LoraDropout:
     """The masks of one adapter of a finished ``PeftModel``.
 
@@ -111,24 +117,19 @@ class LoraDropout:
         """Masks of every layer at these coordinates, by canonical name."""
         scale = 1.0 / (1.0 - self.rate)
         bits = kept(self._feature_words(), self.seed, purpose, coordinates, self.rate)  # (G, F)
-        sizes = [size for layer in self.layers.values() for size in (layer.in_features, layer.out_features)]
+        sizes = [size for layer in self.layers.values() for size in feature_counts(layer)]
         parts = iter(bits.split(sizes, dim=1))
         return {name: LayerMasks(next(parts), next(parts), scale) for name in self.layers}
 
     def _feature_words(self) -> torch.Tensor:
         """``(F,)`` int64, A then B of every layer: all masks of a step come from one hash of this vector."""
-        weight = next(iter(self.layers.values())).lora_A[self.adapter_name].weight
-        if self._words is None or self._words.device != weight.device:
-            self._words = torch.cat(
-                [
-                    words
-                    for name, layer in self.layers.items()
-                    for words in (
-                        feature_words(name, "A", layer.in_features, weight.device),
-                        feature_words(name, "B", layer.out_features, weight.device),
-                    )
-                ]
-            )
+        device = next(iter(self.layers.values())).lora_A[self.adapter_name].get_parameter("weight").device
+        if self._words is None or self._words.device != device:
+            words = []
+            for name, layer in self.layers.items():
+                features_in, features_out = feature_counts(layer)
+                words += [feature_words(name, "A", features_in, device), feature_words(name, "B", features_out, device)]
+            self._words = torch.cat(words)
         return self._words
 
 

@@ -79,7 +79,7 @@ class LoraDropoutVariant(LoraVariant):
             x: ``(G*b, ..., in)``, already in the adapter's dtype (or autocast decides).
             result: ``(G*b, ..., out)``, the frozen layer's output.
         """
-        masked_a, masked_b = masked_weights(
-            module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight, self.masks
-        )
+        weight_a = module.lora_A[active_adapter].get_parameter("weight")
+        weight_b = module.lora_B[active_adapter].get_parameter("weight")
+        masked_a, masked_b = masked_weights(weight_a, weight_b, self.masks)
         return result + lora_output(x, masked_a, masked_b) * module.scaling[active_adapter]
