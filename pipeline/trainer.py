@@ -96,7 +96,7 @@ class LoraDropoutTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = sorted({*(self._signature_columns or []), "row"})
+        self._signature_columns = sorted({*(self._signature_columns or []), "row"})  # type: ignore[assignment]  # theirs is untyped
 
     def training_step(
         self,
