@@ -16,15 +16,12 @@ import typer
 
 from launch.command import run_command
 
-Recipe_ = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/alpaca.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="e.g. adapter.dropout.rate=0.3")
-]
-
 
 def sft(
-    recipe_file: Recipe_,
-    overrides: Overrides = None,
+    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/alpaca.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="e.g. adapter.dropout.rate=0.3")
+    ] = None,
     evaluation: Annotated[bool, typer.Option("--eval/--no-eval", help="Run the recipe's evaluation stage.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run of the same name first.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
@@ -33,17 +30,19 @@ def sft(
     from pipeline.environment import prepare_environment
 
     prepare_environment()
-    from eval.run import evaluate
-
-    from eval.tasks import check_tasks
     from pipeline.recipe import load_recipe
-    from pipeline.train import train
 
     recipe = load_recipe(recipe_file, overrides or [])
-    if evaluation:
+    if evaluation and recipe.eval.tasks:
+        from eval.tasks import check_tasks  # imports take seconds: after the recipe's mistakes are told
+
         check_tasks(recipe)
+    from pipeline.train import train
+
     folder = train(recipe, overwrite=overwrite)
     if evaluation and recipe.eval.tasks:
+        from eval.run import evaluate
+
         evaluate(recipe, folder)
 
 

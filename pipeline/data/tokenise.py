@@ -31,9 +31,9 @@ def tokenised_row(
     Returns:
         ``input_ids`` and ``labels``, lists of equal length at most ``max_length``, and ``truncated``.
     """
-    prompt_ids = tokenizer(prompt)["input_ids"]
+    prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]  # not verbose: what is too long is cut below
     ending = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-    input_ids = tokenizer(prompt + completion + ending)["input_ids"]
+    input_ids = tokenizer(prompt + completion + ending, verbose=False)["input_ids"]
     prompt_length = common_prefix_length(prompt_ids, input_ids)
     labels = [IGNORED] * prompt_length + input_ids[prompt_length:]
     return {
