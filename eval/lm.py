@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -110,7 +111,18 @@ class EnsembleLM(HFLM):
         return self._shared(super().loglikelihood_rolling, requests, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Per request: the text generated after the prompt."""
+        """Per request: the text generated after the prompt.
+
+        Raises:
+            UserError: a task asks for more new tokens than the base's context holds.
+        """
+        for request in requests:
+            tokens = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if tokens >= self.max_length:
+                raise UserError(
+                    f"task {request.task_name}: asks for {tokens} new tokens, but the base's context is "
+                    f"{self.max_length}; set a smaller max_gen_toks in the task's generation_kwargs"
+                )
         return self._shared(super().generate_until, requests, disable_tqdm)
 
     def _shared(

@@ -56,12 +56,15 @@ def load_tasks(section: schema.Eval) -> list[Task | Group]:
 
     Raises:
         UserError: no tasks; an unknown name (with the nearest known ones); a task named twice; a file or data that
-            cannot be read.
+            cannot be read; a task that runs generated code.
     """
     if not section.tasks:
         raise UserError("eval.tasks: empty, so there is nothing to evaluate; name at least one lm-eval task")
     manager = task_manager(section)
     loaded = [item for name in section.tasks for item in _loaded(name, manager)]
+    unsafe = [task.task_name for task in leaf_tasks(loaded) if task.get_config("unsafe_code")]
+    if unsafe:
+        raise UserError(f"eval.tasks: {', '.join(unsafe)} would run code that the model writes, which is not done here")
     names = [task.task_name for task in leaf_tasks(loaded)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -110,6 +110,13 @@ def test_a_task_file_that_cannot_be_loaded_says_why(tmp_path: Path, name: str, t
     assert cause in str(error.value)
 
 
+def test_tasks_that_run_generated_code_are_refused(tmp_path: Path, task_folder: Path) -> None:
+    text = (task_folder / "tiny_words.yaml").read_text().replace("task: tiny_words", "task: coder\nunsafe_code: true")
+    (tmp_path / "coder.yaml").write_text(text)
+    with pytest.raises(UserError, match="coder would run code that the model writes"):
+        load_tasks(Eval(tasks=["coder"], task_folders=[str(tmp_path)]))
+
+
 def test_checking_before_training(task_folder: Path) -> None:
     check_tasks(recipe(Eval(tasks=[])))
     section = Eval(tasks=["tiny_choice"], task_folders=[str(task_folder)], prompt="training")
