@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
@@ -90,6 +92,32 @@ def register_adapter_weights(model: nn.Module) -> None:
             for weights in (module.lora_A, module.lora_B):
                 for linear in weights.values():
                     register_external_parameter(module, linear.weight)
+
+
+class FirstStepCallback(TrainerCallback):
+    """Take back the step that DeepSpeed's 16-bit optimizer without ZeRO makes before training.
+
+    To allocate its state it steps on zero gradients, which AdamW counts: bias correction is then one step ahead, so
+    the first update is 0.74 of what it should be and ZeRO-0 trains otherwise than ZeRO-1 to 3; weight decay applies
+    once, too. Seen in deepspeed 0.19.8 (FP16_UnfusedOptimizer.initialize_optimizer_states); delete when
+    tests/pipeline/test_training.py finds nf4 under ZeRO-0 and ZeRO-2 equal without it.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Masters as the model has them, step counters at zero."""
+        from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+        optimizer = kwargs["optimizer"].optimizer
+        if not isinstance(optimizer, FP16_UnfusedOptimizer):
+            return
+        for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for master, parameter in zip(masters, parameters, strict=True):
+                master.data.copy_(parameter.data)
+        for moments in optimizer.optimizer.state.values():
+            if "step" in moments:
+                moments["step"] = moments["step"] * 0  # a tensor or a number
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.adapter import lora_config
-from pipeline.distributed import register_adapter_weights
+from pipeline.distributed import FirstStepCallback, register_adapter_weights
 from pipeline.lora_dropout import LoraDropout, copied_rows, example_coordinates, instance_coordinates
 from pipeline.recipe import Recipe
 
@@ -84,6 +84,7 @@ class LoraDropoutTrainer(SFTTrainer):
         self._evaluated: list[torch.Tensor] = []
         if self.is_deepspeed_enabled:
             register_adapter_weights(self.adapted)
+            self.add_callback(FirstStepCallback)
         else:
             _keep_float32_masters(self.adapted)
 

@@ -192,7 +192,9 @@ def test_rescaled_masks_keep_the_mean() -> None:
     model = adapted(linear("Linear", 9, 6, torch.float32), 4, torch.float32)
     x = torch.randn(9)
     with torch.no_grad():
-        deterministic = model(x) - F.linear(x, *(p.detach() for p in model.base_model.model.layer.base_layer.parameters()))
+        deterministic = model(x) - F.linear(
+            x, *(p.detach() for p in model.base_model.model.layer.base_layer.parameters())
+        )
     updates = masked_updates(model, LoraDropout(model, 0.4, seed=0), x, 20_000)
     error = updates.std(dim=0) / len(updates) ** 0.5
     assert ((updates.mean(dim=0) - deterministic).abs() <= 6 * error).all()  # 6 values: false alarm 1e-8

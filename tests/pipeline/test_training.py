@@ -1,0 +1,377 @@
+"""Training as a whole: the trainer against trl's own, and every way to run it against the others.
+
+All configurations train in two launches (one process; two ranks), see ``training_worker.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from training_support import random_rows, run_worker, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.adapter import load_adapter, read_settings
+from pipeline.base import load_base
+from pipeline.recipe import load_recipe
+
+pytestmark = pytest.mark.slow
+
+TEMPLATE = "{{ instruction }} {{ input }}\nAnswer:"
+
+# Rank 512 makes A and B larger than ZeRO-3's persistence threshold (100,000 elements): below it nothing is sharded.
+RECIPE = """
+name: trained
+seed: 5
+base: {{model: {base}, quantization: none, dtype: float32}}
+adapter: {{rank: 512, alpha: 512, dropout: {{rate: 0.5, instances: 2, sampling: instance}}}}
+data:
+  train: [{{path: {folder}/train.jsonl, prompt: "{template}"}}]
+  validation: {{source: {{path: {folder}/validation.jsonl, prompt: "{template}"}}, probe_rows: 5}}
+  max_length: 48
+training:
+  {{max_steps: 3, per_device_train_batch_size: 2, per_device_eval_batch_size: 2, learning_rate: 1.0e-3,
+   optim: adamw_torch, gradient_checkpointing: false, logging_steps: 1, eval_strategy: steps, eval_steps: 2,
+   report_to: [], save_strategy: "no"}}
+"""
+
+NO_VALIDATION = ("data.validation=null", "training.eval_strategy=no")
+NF4 = ("base.quantization=nf4", "base.dtype=bfloat16")
+PLAIN_LORA = ("adapter.dropout.rate=0", "adapter.dropout.instances=1")
+BASES = {"fp32": (), "nf4": NF4}
+VALIDATIONS = {"unvalidated": NO_VALIDATION, "validated": ()}
+EXECUTIONS = {"batched": (), "sequential": ("adapter.dropout.execution=sequential",)}
+CHECKPOINTING = {
+    "kept": (),
+    "reentrant": (
+        "training.gradient_checkpointing=true",
+        "training.gradient_checkpointing_kwargs={use_reentrant: true}",
+    ),
+    "non-reentrant": (
+        "training.gradient_checkpointing=true",
+        "training.gradient_checkpointing_kwargs={use_reentrant: false}",
+    ),
+}
+EXAMPLE = ("adapter.dropout.sampling=example",)
+
+
+def zero(stage: int, offload: str = "none") -> tuple[str, ...]:
+    return (f"distributed.zero={stage}", f"distributed.offload={offload}")
+
+
+def stock_pairs(stages: tuple[tuple[str, str, int], ...]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Ours and stock trl at rate 0, for each (base, validation, ZeRO stage)."""
+    return {
+        f"{whose}-{base}-{validation}-zero{stage}": (
+            whose,
+            (*PLAIN_LORA, *BASES[base], *VALIDATIONS[validation], *zero(stage), "training.max_steps=4"),
+        )
+        for base, validation, stage in stages
+        for whose in ("ours", "stock")
+    }
+
+
+STOCK_ONE = tuple((base, validation, 0) for base in BASES for validation in VALIDATIONS)
+STOCK_TWO = (*((base, validation, 2) for base in BASES for validation in VALIDATIONS), ("nf4", "validated", 3))
+
+# equal losses for the same masks, two ranks: name -> overrides. The first of each group is the reference.
+SAME_FP32 = {
+    **{f"fp32-zero{stage}-{how}": (*zero(stage), *EXECUTIONS[how]) for stage in (2, 0, 1, 3) for how in EXECUTIONS},
+    **{
+        f"fp32-zero{stage}-{how}-{kind}": (*zero(stage), *EXECUTIONS[how], *CHECKPOINTING[kind])
+        for stage, how, kind in (
+            (0, "batched", "reentrant"),
+            (0, "sequential", "non-reentrant"),
+            (2, "batched", "non-reentrant"),
+            (2, "sequential", "reentrant"),
+            (3, "batched", "reentrant"),
+            (3, "sequential", "reentrant"),
+        )
+    },
+    **{
+        f"fp32-zero{stage}-offload-{offload}": zero(stage, offload)
+        for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all"))
+    },
+}
+SAME_FP32_EXAMPLE = {
+    "fp32-example-zero2": (*EXAMPLE, *zero(2)),
+    "fp32-example-zero3": (*EXAMPLE, *zero(3)),
+    "fp32-example-zero3-sequential": (*EXAMPLE, *zero(3), *EXECUTIONS["sequential"], *CHECKPOINTING["reentrant"]),
+}
+SAME_NF4 = {
+    "nf4-zero2": (*NF4, *zero(2)),
+    "nf4-zero0": (*NF4, *zero(0)),
+    "nf4-zero1-sequential": (*NF4, *zero(1), *EXECUTIONS["sequential"]),
+    "nf4-zero2-sequential-reentrant": (*NF4, *zero(2), *EXECUTIONS["sequential"], *CHECKPOINTING["reentrant"]),
+    "nf4-zero3": (*NF4, *zero(3)),
+    "nf4-zero3-sequential-reentrant": (*NF4, *zero(3), *EXECUTIONS["sequential"], *CHECKPOINTING["reentrant"]),
+    "nf4-zero3-offload": (*NF4, *zero(3, "all")),
+}
+FP32_TOLERANCE = 1e-5  # nats, absolute, of losses near 7: about ten units in the last place
+BF16_TOLERANCE = 2e-2  # bfloat16 keeps 8 bits: 0.3 % of losses near 7; other masks move them by more than 0.1
+
+# one process and two accumulated micro-batches: the masks and rows of two ranks
+ACCUMULATED = {
+    "accumulated-instance": (*NO_VALIDATION, "training.gradient_accumulation_steps=2"),
+    "accumulated-example": (*NO_VALIDATION, *EXAMPLE, "training.gradient_accumulation_steps=2"),
+}
+
+# AdamW steps of 1e-6 on weights near 0.06, where neighbours are 2e-4 (bfloat16) or 4e-9 (float32) apart
+SMALL_STEPS = (
+    *NO_VALIDATION,
+    *PLAIN_LORA,
+    *NF4,
+    "training.learning_rate=1.0e-6",
+    "training.lr_scheduler_type=constant",
+    "training.adam_epsilon=1.0e-15",
+)
+
+ONE_PROCESS: dict[str, tuple[str, tuple[str, ...]]] = {
+    **stock_pairs(STOCK_ONE),
+    **{name: ("ours", overrides) for name, overrides in ACCUMULATED.items()},
+    "measured": ("ours", ("training.max_steps=2",)),
+    "not-rescaled": ("ours", (*NO_VALIDATION, "adapter.dropout.rescale=false")),
+    "nf4-masked": ("ours", (*NO_VALIDATION, *NF4)),
+    "int8": ("ours", (*NO_VALIDATION, "base.quantization=int8", "base.dtype=bfloat16")),
+    "small-steps": ("ours", SMALL_STEPS),
+    "small-steps-bfloat16": ("stock, bfloat16 adapter", SMALL_STEPS),
+}
+TWO_RANKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    **stock_pairs(STOCK_TWO),
+    **{
+        name: ("ours", (*NO_VALIDATION, *overrides))
+        for name, overrides in {**SAME_FP32, **SAME_FP32_EXAMPLE, **SAME_NF4}.items()
+    },
+    "measured": ("ours", ("training.max_steps=2",)),
+    "measured-zero3": ("ours", ("training.max_steps=2", *zero(3))),
+    "other-rate": ("ours", (*NO_VALIDATION, "adapter.dropout.rate=0.4")),
+    "other-rate-nf4": ("ours", (*NO_VALIDATION, *NF4, "adapter.dropout.rate=0.4")),
+    "int8": ("ours", (*NO_VALIDATION, "base.quantization=int8", "base.dtype=bfloat16", *zero(2))),
+}
+
+Records = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, small_base: Path) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    write_rows(folder / "train.jsonl", random_rows(40, seed=0))
+    write_rows(folder / "validation.jsonl", random_rows(7, seed=1))  # odd: ranks and batches do not divide it
+    text = RECIPE.format(base=small_base, folder=folder, template=TEMPLATE.replace("\n", "\\n"))
+    (folder / "recipe.yaml").write_text(text)
+    return folder
+
+
+def trained(work: Path, jobs: dict[str, tuple[str, tuple[str, ...]]], ranks: int) -> Records:
+    folder = work / f"ranks{ranks}"
+    folder.mkdir()
+    listed = [
+        {"name": name, "recipe": str(work / "recipe.yaml"), "overrides": overrides, "trainer": trainer}
+        for name, (trainer, overrides) in jobs.items()
+    ]
+    run_worker(listed, folder, ranks)
+    return {name: {**json.loads((folder / f"{name}.json").read_text()), "folder": folder / name} for name in jobs}
+
+
+@pytest.fixture(scope="module")
+def one(work: Path) -> Records:
+    """What each configuration of one process measured."""
+    return trained(work, ONE_PROCESS, ranks=1)
+
+
+@pytest.fixture(scope="module")
+def two(work: Path) -> Records:
+    """What each configuration of two ranks measured."""
+    return trained(work, TWO_RANKS, ranks=2)
+
+
+def largest_difference(first: list[float], second: list[float]) -> float:
+    assert len(first) == len(second) > 0
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
+def assert_is_stock(records: Records, base: str, validation: str, stage: int) -> None:
+    ours, stock = (records[f"{whose}-{base}-{validation}-zero{stage}"] for whose in ("ours", "stock"))
+    assert len(ours["losses"]) == 4
+    assert ours["losses"] == stock["losses"]
+    assert ours["gradient_norms"] == stock["gradient_norms"]
+    assert len(ours["evaluations"]) == (4 if validation == "validated" else 0)  # two datasets, twice
+    ours_weights, stock_weights = (load_file(r["folder"] / "adapter_model.safetensors") for r in (ours, stock))
+    assert ours_weights.keys() == stock_weights.keys()
+    assert all(torch.equal(weight, stock_weights[name]) for name, weight in ours_weights.items())
+
+
+@pytest.mark.parametrize(("base", "validation", "stage"), STOCK_ONE)
+def test_rate_0_is_stock_trl_bit_for_bit_in_one_process(one: Records, base: str, validation: str, stage: int) -> None:
+    assert_is_stock(one, base, validation, stage)
+
+
+@pytest.mark.parametrize(("base", "validation", "stage"), STOCK_TWO)
+def test_rate_0_is_stock_trl_bit_for_bit_on_two_ranks(two: Records, base: str, validation: str, stage: int) -> None:
+    assert_is_stock(two, base, validation, stage)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_validation_does_not_move_training(one: Records, two: Records, base: str) -> None:
+    for records, stage in ((one, 0), (two, 2)):
+        on, off = (records[f"ours-{base}-{validation}-zero{stage}"] for validation in ("validated", "unvalidated"))
+        assert on["losses"] == off["losses"]
+
+
+@pytest.mark.parametrize(
+    ("group", "tolerance"),
+    [(SAME_FP32, FP32_TOLERANCE), (SAME_FP32_EXAMPLE, FP32_TOLERANCE), (SAME_NF4, BF16_TOLERANCE)],
+    ids=["fp32", "fp32-example", "nf4"],
+)
+def test_every_way_to_run_gives_the_same_losses(
+    two: Records, group: dict[str, tuple[str, ...]], tolerance: float
+) -> None:
+    reference, *others = group
+    differences = {name: largest_difference(two[name]["losses"], two[reference]["losses"]) for name in others}
+    print(differences)
+    assert {name: difference for name, difference in differences.items() if difference > tolerance} == {}
+
+
+def test_the_tolerances_tell_masks_apart(two: Records) -> None:
+    assert largest_difference(two["other-rate"]["losses"], two["fp32-zero2-batched"]["losses"]) > 1000 * FP32_TOLERANCE
+    assert largest_difference(two["other-rate-nf4"]["losses"], two["nf4-zero2"]["losses"]) > 2 * BF16_TOLERANCE
+    assert (
+        largest_difference(two["fp32-example-zero2"]["losses"], two["fp32-zero2-batched"]["losses"])
+        > 1000 * FP32_TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("sampling", ["instance", "example"])
+def test_accumulation_equals_ranks(one: Records, two: Records, sampling: str) -> None:
+    ranks = {"instance": "fp32-zero2-batched", "example": "fp32-example-zero2"}[sampling]
+    difference = largest_difference(one[f"accumulated-{sampling}"]["losses"], two[ranks]["losses"])
+    print(difference)
+    assert difference <= FP32_TOLERANCE
+
+
+def test_zero_3_shards_adapter_and_base(two: Records) -> None:
+    modules = 2 * 7  # two layers, seven linear modules each
+    assert two["fp32-zero3-batched"]["adapter_weights_cut"] == 2 * modules
+    for name in ("fp32-zero3-batched", "nf4-zero3"):
+        share = two[name]["base_bytes_here"] / two[name]["base_bytes_whole"]
+        print(name, two[name]["base_bytes_here"], two[name]["base_bytes_whole"])
+        assert share == pytest.approx(0.5, rel=0.1)
+    assert two["nf4-zero2"]["base_bytes_here"] == two["nf4-zero2"]["base_bytes_whole"]
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(1, "measured"), (2, "measured"), (2, "measured-zero3")])
+def test_measured_losses_are_means_over_tokens(
+    one: Records, two: Records, work: Path, small_base: Path, ranks: int, name: str
+) -> None:
+    """Against a loop over rows without batches; rows that pad the last batch must not count twice."""
+    record = {1: one, 2: two}[ranks][name]
+    logged = {key: value for line in record["evaluations"] for key, value in line.items() if key.endswith("_loss")}
+    assert {line["step"] for line in record["evaluations"]} == {2}
+    model = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, record["folder"]).eval()
+    held_out = [json.loads(line) for line in (work / "validation.jsonl").read_text().splitlines()]
+    assert logged["eval_validation_loss"] == pytest.approx(mean_token_loss(model, small_base, held_out), abs=1e-5)
+    train = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()]
+    candidates = [mean_token_loss(model, small_base, [row]) for row in train]
+    assert min(candidates) <= logged["eval_probe_loss"] <= max(candidates)
+
+
+def mean_token_loss(model: PeftModel, base: Path, rows: list[dict[str, str]]) -> float:
+    """Nats per trained token, row by row."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    total, tokens = 0.0, 0
+    for row in rows:
+        prompt = tokenizer(f"{row['instruction']} {row['input']}\nAnswer:")["input_ids"]
+        ids = tokenizer(f"{row['instruction']} {row['input']}\nAnswer:{row['output']}</s>")["input_ids"][:48]
+        start = next(i for i, (a, b) in enumerate(zip([*prompt, None], ids, strict=False)) if a != b)
+        with torch.no_grad():
+            scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        for position in range(start, len(ids)):
+            total -= scores[position - 1, ids[position]].item()
+            tokens += 1
+    return total / tokens
+
+
+def test_small_updates_survive_in_float32(one: Records) -> None:
+    ours, control = one["small-steps"], one["small-steps-bfloat16"]
+    assert ours["adapter_dtypes"] == ["torch.float32"]
+    assert control["adapter_dtypes"] == ["torch.bfloat16"]
+    print(ours["changed_a"], control["changed_a"])
+    assert ours["changed_a"] > 0.95
+    assert control["changed_a"] < 0.05
+
+
+def test_int8_trains(one: Records, two: Records) -> None:
+    for records in (one, two):
+        losses = torch.tensor(records["int8"]["losses"])
+        assert losses.isfinite().all() and losses[-1] < losses[0]
+
+
+STOCK_PEFT = """
+import sys
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+base, out, *adapters = sys.argv[1:]
+ids = torch.load(out + "/ids.pt")
+for number, adapter in enumerate(adapters):
+    four_bit = "nf4" in adapter
+    dtype = torch.bfloat16 if four_bit else torch.float32
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=quantization if four_bit else None, device_map={"": "cpu"}
+    )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes' own switch: the kernel that training used
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        torch.save(model(ids).logits, f"{out}/stock{number}.pt")
+assert "pipeline" not in sys.modules
+"""
+
+
+def test_stock_peft_gives_our_logits(one: Records, work: Path, small_base: Path, tmp_path: Path) -> None:
+    names = ["measured", "not-rescaled", "nf4-masked"]
+    ids = torch.randint(4, 4096, (3, 17), generator=torch.Generator().manual_seed(0))
+    torch.save(ids, tmp_path / "ids.pt")
+    (tmp_path / "stock_peft.py").write_text(STOCK_PEFT)
+    folders = [str(one[name]["folder"]) for name in names]
+    subprocess.run(
+        [sys.executable, str(tmp_path / "stock_peft.py"), str(small_base), str(tmp_path), *folders],
+        cwd=tmp_path,
+        check=True,
+        timeout=300,
+    )
+    for number, name in enumerate(names):
+        recipe = load_recipe(work / "recipe.yaml", ONE_PROCESS[name][1])
+        model = load_adapter(load_base(recipe.base), one[name]["folder"])
+        with torch.no_grad():
+            ours = model(ids).logits
+            with model.disable_adapter():
+                base = model(ids).logits
+        stock = torch.load(tmp_path / f"stock{number}.pt")
+        assert (ours - base).abs().max() > 0.1
+        if name == "nf4-masked":
+            assert torch.equal(ours, stock)
+        else:
+            torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
+
+
+def test_without_rescale_alpha_is_folded_in_the_file(one: Records) -> None:
+    folder = one["not-rescaled"]["folder"]
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 512 * 0.25
+    settings = read_settings(folder)
+    assert (settings.alpha, settings.rescale, settings.rate) == (512, False, 0.5)
