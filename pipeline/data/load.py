@@ -99,6 +99,8 @@ def read_raw(source: schema.Source, key: str) -> datasets.Dataset:
             if problem:
                 raise UserError(f"{key}.path: {file}, {problem}") from error
         raise UserError(f"{key}.path: {source.path!r} cannot be read: {error.__cause__ or error}") from error
+    except (ValueError, StopIteration) as error:  # what datasets raises for files without a single row
+        raise UserError(f"{key}.path: {source.path!r} has no rows ({error or 'empty'})") from error
 
 
 def _files(path: Path, key: str) -> list[Path]:
