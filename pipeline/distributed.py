@@ -62,6 +62,10 @@ def deepspeed_config(recipe: Recipe) -> dict[str, object] | None:
         return None
     stage, offload = recipe.distributed.zero, recipe.distributed.offload
     zero: dict[str, object] = {"stage": stage}
+    if stage == 3 and recipe.base.quantization == "nf4":
+        # DeepSpeed keeps up to 1e9 gathered *elements*; a 4-bit weight is a quarter of one, so its default is most of a
+        # 7B base. This is the same share of it as of a 16-bit model.
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = 250_000_000
     if offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if offload == "all":

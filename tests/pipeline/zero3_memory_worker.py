@@ -1,0 +1,96 @@
+"""Worker: bytes of the 4-bit base that this rank holds under ZeRO-3. Started by a launcher; prints JSON on rank 0.
+
+usage: zero3_memory_worker.py RECIPE OUTPUT LIVE [key=value ...]
+
+LIVE: most elements that DeepSpeed may keep gathered (0: its default, which is more than the whole pocket base).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from pipeline.environment import prepare_environment
+
+prepare_environment()
+
+import torch
+import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from pipeline.arguments import sft_config
+from pipeline.base import load_base, load_tokenizer
+from pipeline.data import load_splits
+from pipeline.recipe import load_recipe
+from pipeline.trainer import LoraDropoutTrainer
+
+
+class LiveWeights:
+    """Storages of gathered 4-bit weights that are alive, looked at before and after every layer, forward and backward.
+
+    A storage outlives its parameter's gathering where ``MatMul4Bit`` keeps it for backward.
+    """
+
+    def __init__(self, weights: list[torch.nn.Parameter]) -> None:
+        self.weights = weights
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def look(self, *_: object) -> None:
+        """Note what is gathered now, and count what is still alive."""
+        for weight in self.weights:
+            size = weight.ds_numel * weight.element_size()
+            if weight.untyped_storage().nbytes() >= size:
+                reference = StorageWeakRef(weight.untyped_storage())
+                self.seen[reference.cdata] = (reference, size)
+        self.seen = {key: entry for key, entry in self.seen.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.seen.values()))
+
+
+def main(recipe_file: str, output: str, live: str, *overrides: str) -> None:
+    """Load, shard, take two steps, count."""
+    recipe = load_recipe(recipe_file, overrides)
+    tokenizer = load_tokenizer(recipe.base)
+    arguments = sft_config(recipe, Path(output).parent / "run")
+    if int(live):
+        limits = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+        arguments.hf_deepspeed_config.config["zero_optimization"].update(dict.fromkeys(limits, int(live)))
+        # the pocket base's layers are below the size at which DeepSpeed shards at all; a 7B model's are far above
+        arguments.hf_deepspeed_config.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    splits = load_splits(recipe, tokenizer)
+    model = load_base(recipe.base)
+    trainer = LoraDropoutTrainer(recipe, model, arguments, tokenizer, splits.train, None, [])
+    weights = [module.weight for module in model.modules() if isinstance(module, Linear4bit)]
+    whole = sum(weight.numel() * weight.element_size() for weight in weights)
+    counted: dict[str, int] = {"whole": whole, "load_peak": whole}
+
+    from transformers import TrainerCallback
+
+    class Count(TrainerCallback):
+        """Measure at rest before the first step, and within steps."""
+
+        live: LiveWeights | None = None
+
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            shards = sum(weight.ds_tensor.numel() * weight.ds_tensor.element_size() for weight in weights)
+            counted["at_rest"] = shards + sum(weight.numel() * weight.element_size() for weight in weights)
+            if self.live is None:
+                self.live = LiveWeights(weights)
+                for module in model.modules():
+                    if isinstance(module, Linear4bit):
+                        module.register_forward_pre_hook(self.live.look)  # DeepSpeed's own, before it, has gathered
+
+        def on_train_end(self, *_: object, **__: object) -> None:
+            assert self.live is not None
+            counted["step_peak_gathered"] = self.live.peak
+
+    trainer.add_callback(Count())
+    trainer.train()
+    if dist.get_rank() == 0:
+        Path(output).write_text(json.dumps(counted))
+
+
+if __name__ == "__main__":
+    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--")])
