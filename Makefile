@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_gpus 2 launch/sft.py recipes/pocket/pocket.yaml --overwrite
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed launch/sft.py recipes/pocket/pocket.yaml --overwrite
 	@echo "Report: eval/outputs/pocket/latest/report.html"
 
 test: setup
