@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -42,19 +43,30 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
+def _gated_status(error: BaseException) -> int | None:
+    """HTTP status with which a gated repository refused, or None where the error is of another kind."""
+    if isinstance(error, GatedRepoError):
+        return error.response.status_code
+    # datasets re-raises without the cause (5.2, dataset_module_factory): its words are all that is left of it
+    if isinstance(error, DatasetNotFoundError) and "is a gated dataset" in str(error):
+        return 401 if "must be authenticated" in str(error) else 403
+    return None
+
+
 def _hub_message(name: str, key: str, error: BaseException) -> str | None:
     """Plain words for a Hub error, or None where the error is of another kind."""
     causes = list(_chain(error))
     status = next(
         (e.response.status_code for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None), None
     )
-    if any(isinstance(e, GatedRepoError) for e in causes):
+    gated = next(filter(None, map(_gated_status, causes)), None)
+    if gated:
+        page = f"datasets/{name}" if key.startswith("data.") else name
         return (
-            f"{key}: {name!r} is a gated repository on the Hub (HTTP {status or 401}): it needs an accepted licence "
-            "and a login.\n"
-            f"Open https://huggingface.co/{name}, accept its terms, then run `hf auth login` or set HF_TOKEN."
+            f"{key}: {name!r} is a gated repository on the Hub (HTTP {gated}): it needs an accepted licence and a "
+            f"login.\nOpen https://huggingface.co/{page}, accept its terms, then run `hf auth login` or set HF_TOKEN."
         )
-    if any(isinstance(e, RepositoryNotFoundError) for e in causes):
+    if any(isinstance(e, (RepositoryNotFoundError, DatasetNotFoundError)) for e in causes):
         return (
             f"{key}: the Hub knows no {name!r}, or it is private (HTTP {status or 404}).\n"
             "Check the spelling; for a private repository run `hf auth login` or set HF_TOKEN."
