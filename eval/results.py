@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lm_eval.utils import handle_non_serializable
 from eval.tasks import leaf_tasks
 from pipeline.adapter import AdapterSettings
 from pipeline.base import base_identity
-from pipeline.distributed import world_size
+from pipeline.processes import world_size
 from pipeline.provenance import git_state, machine, now, versions
 from pipeline.recipe import Recipe, recipe_to_yaml
 from pipeline.run_folder import HISTORY_FILE, PROVENANCE_FILE
@@ -105,7 +105,7 @@ def our_section(
 
 def write_folder(finished: dict[str, SystemScores], section: dict[str, Any], parent: Path, started: str) -> Path:
     """Write results and samples into a new folder that appears whole or not at all, and point ``latest`` at it."""
-    time_stamp = datetime.fromisoformat(started).astimezone(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    time_stamp = datetime.fromisoformat(started).astimezone(UTC).strftime("%Y%m%d-%H%M%S")
     parent.mkdir(parents=True, exist_ok=True)
     partial = parent / f".{time_stamp}-{os.getpid()}.part"
     partial.mkdir()

@@ -23,8 +23,8 @@ from eval.results import SystemScores, add_stderrs, our_section, write_folder
 from eval.tasks import load_tasks, training_prompt
 from pipeline.adapter import AdapterSettings, adapter_dropout, load_adapter, read_settings
 from pipeline.base import load_base, load_tokenizer
-from pipeline.distributed import is_main, world_size
 from pipeline.errors import UserError
+from pipeline.processes import is_main, world_size
 from pipeline.provenance import now
 from pipeline.recipe import Recipe, schema
 

@@ -8,9 +8,20 @@ from collections.abc import Callable
 import typer
 
 from pipeline.errors import UserError
+from pipeline.processes import is_main, rank
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+
+def _print_error(message: str) -> None:
+    """On the screen in full from the first process; one line from each other, which mostly found the same."""
+    from rich.console import Console
+    from rich.text import Text
+
+    if not is_main():
+        message = f"(process {rank()}) {message.splitlines()[0]}"
+    Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(message))
 
 
 def run_command(command: Callable[..., None]) -> None:
@@ -20,10 +31,7 @@ def run_command(command: Callable[..., None]) -> None:
     try:
         application()
     except UserError as error:
-        from rich.console import Console
-        from rich.text import Text
-
-        Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(str(error)))
+        _print_error(str(error))
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,8 +1,7 @@
-"""Processes and DeepSpeed: who am I, and what is sharded."""
+"""DeepSpeed: its configuration, and what ZeRO-3 needs to know of an adapter."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,27 +14,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.errors import UserError
+from pipeline.processes import launched
 from pipeline.recipe import Recipe
-
-
-def rank() -> int:
-    """Global rank of this process, from the launcher's environment; 0 under plain ``python``."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of processes, from the launcher's environment; 1 under plain ``python``."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process writes files and speaks on the screen."""
-    return rank() == 0
-
-
-def launched() -> bool:
-    """Whether a launcher (deepspeed, torchrun, accelerate) started this process: then DeepSpeed trains."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def zero_stage(recipe: Recipe) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline.base import base_identity
-from pipeline.distributed import launched, world_size
+from pipeline.processes import launched, world_size
 from pipeline.recipe import Recipe, recipe_to_yaml
 
 PACKAGES = (

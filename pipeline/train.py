@@ -18,10 +18,11 @@ from pipeline.adapter import check_target_modules, save_adapter, settings_of
 from pipeline.arguments import sft_config
 from pipeline.base import check_device, load_base, load_config, load_tokenizer
 from pipeline.data import Splits, load_splits
-from pipeline.distributed import adapter_weights, check_launch, is_main, zero_stage
+from pipeline.distributed import adapter_weights, check_launch, zero_stage
 from pipeline.errors import UserError
 from pipeline.interrupt import InterruptCallback
 from pipeline.model_card import write_model_card
+from pipeline.processes import is_main
 from pipeline.progress import PlainWordsCallback
 from pipeline.provenance import now, provenance, write_json
 from pipeline.recipe import Recipe

@@ -10,7 +10,7 @@ A launch imports for ten seconds; a configuration trains for one or two. ``JOBS.
 the same two corrections as ours (no repacking of 4-bit weights; float32 adapter where no engine keeps masters).
 """
 
-# ruff: noqa: E402  # the environment stands before the heavy imports
+# the environment stands before the heavy imports
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ from pipeline.adapter import save_adapter, settings_of
 from pipeline.arguments import sft_config
 from pipeline.base import load_base, load_tokenizer
 from pipeline.data import load_rows, load_splits
-from pipeline.distributed import adapter_weights, is_main, launched
+from pipeline.distributed import adapter_weights
+from pipeline.processes import is_main, launched
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.trainer import LoraDropoutTrainer
 
