@@ -46,6 +46,14 @@ def train(recipe: Recipe, overwrite: bool = False) -> Path:
         UserError: bad input, or out of memory.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
     """
+    try:
+        return _trained(recipe, overwrite)
+    except torch.OutOfMemoryError as error:  # while the base loads as well as in a step
+        raise UserError(out_of_memory_advice(recipe)) from error
+
+
+def _trained(recipe: Recipe, overwrite: bool) -> Path:
+    """The stages of :func:`train`, in order."""
     check_run_folder(recipe, overwrite)
     check_launch(recipe)
     check_device(recipe.base)
@@ -77,10 +85,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> Path:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(PlainWordsCallback(folder / HISTORY_FILE))  # in its place
     _announce(trainer, splits)
-    try:
-        trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise UserError(out_of_memory_advice(recipe)) from error
+    trainer.train()
     if interrupt.interrupted:
         if is_main():
             print(f"\nInterrupted at step {trainer.state.global_step}; checkpoints are in {folder / 'checkpoints'}")
