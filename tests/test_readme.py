@@ -1,0 +1,106 @@
+"""What the README says is true: its commands run, its tree exists, its recipe lines load."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+SCRIPTS = Path(sys.executable).parent
+
+# For each command in the README: what makes it small and offline. {run} is a run folder, {base} the pocket base. The
+# Alpaca recipe trains in two ranks under ZeRO-3, and the same processes then evaluate without the engine.
+SMALL_ALPACA = (
+    "base.model={base} data.train.0.path={rows} data.max_length=128 training.max_steps=2 training.eval_steps=2 "
+    "training.save_strategy=no distributed.zero=3 output={runs} eval.limit=3 eval.ensemble.instances=2 "
+    "eval.tasks=[{repository}/recipes/pocket/tasks/pocket_choice.yaml]"
+)
+COMMANDS = {
+    "make demo": "in .ci/run",
+    "make test": "in .ci/run",
+    ". .venv/bin/activate": "by make",
+    "python launch/check.py recipes/alpaca.yaml": "base.model={base} data.train.0.path={rows}",
+    "deepspeed launch/sft.py recipes/alpaca.yaml": SMALL_ALPACA + " name=readme",
+    "deepspeed launch/sft.py recipes/alpaca.yaml base.model=../llama-2-7b data.train.0.path=mine.jsonl "
+    "adapter.dropout.rate=0.3": "as the command before it, whose overrides are more",
+    'python launch/ask.py outputs/pocket "What is 4 plus 5?"': "--max-new-tokens 4",
+    "python launch/evaluate.py recipes/pocket/pocket.yaml eval.ensemble.instances=4": (
+        "--adapter {runs}/readme --output {runs}/results eval.limit=2 eval.tasks.2=pocket_answer"
+    ),
+    "python launch/schema.py": "",
+}
+
+
+def readme_commands() -> list[str]:
+    """Lines of the README's code blocks and of its inline code that start a program of ours, comments cut."""
+    text = README.read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`(python launch/[^`]+)`", text)
+    starts = ("python ", "deepspeed ", "make ", ". ")
+    return list(dict.fromkeys(re.sub(r"\s+# .*", "", line).strip() for line in lines if line.startswith(starts)))
+
+
+def test_every_command_is_known_here() -> None:
+    assert sorted(readme_commands()) == sorted(COMMANDS)
+
+
+def test_ci_runs_the_two_commands(repository: Path) -> None:
+    lines = (repository / ".ci" / "run").read_text().splitlines()
+    assert {"make demo", "make test"} <= set(lines)
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path: Path, repository: Path, pocket_base: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((repository / "recipes" / "pocket" / "data" / "test_iid.jsonl").read_text())
+    for name in ("launch", "recipes"):  # a working directory of its own: results are written relative to it
+        (tmp_path / name).symlink_to(repository / name)
+    values = {"base": pocket_base, "rows": rows, "runs": tmp_path, "repository": repository}
+    environment = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    environment["OMP_NUM_THREADS"] = "1"
+    outputs = {}
+    for command, small in COMMANDS.items():
+        if not command.startswith(("python launch", "deepspeed")) or small.startswith("as the command"):
+            continue
+        command = command.replace("outputs/pocket", str(tmp_path / "readme"))
+        command = command.replace("deepspeed ", "deepspeed --num_gpus 2 --master_port 29655 ")
+        program, *arguments = shlex.split(f"{command} {small.format(**values)}")
+        done = subprocess.run(
+            [str(SCRIPTS / program), *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        outputs[arguments[-1]] = done.stdout
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+    said = "".join(outputs.values())
+    assert "generalisation gap" in said  # the log line
+    assert f"adapter written to {tmp_path / 'readme'}" in said
+    assert "confidence" in said
+    assert (tmp_path / "results" / "pocket" / "latest" / "report.html").exists()
+    assert (tmp_path / "eval" / "outputs" / "readme" / "latest" / "report.md").exists()
+
+
+def test_the_tree_exists(repository: Path) -> None:
+    tree = README.read_text().split("## The rooms")[1].split("```")[1]
+    folder = ""
+    for line in filter(str.strip, tree.splitlines()):
+        names = line.split("  ")[0] if not line.startswith(" ") else line.strip().split("  ")[0]
+        folder = "" if not line.startswith(" ") else folder
+        for name in names.split():
+            assert (repository / folder / name).exists(), line
+        folder = names if not line.startswith(" ") else folder
+
+
+def test_the_recipe_lines_load() -> None:
+    block = re.search(r"```yaml\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert block is not None
+    from pipeline.recipe.schema import Data
+
+    data = Data.model_validate(yaml.safe_load(block[1])["data"])
+    assert data.train[0].columns == {"instruction": "question", "output": "answer"}
