@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from pathlib import Path
 
 
 def prepare_environment() -> None:
@@ -21,6 +23,11 @@ def prepare_environment() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # our stages announce themselves
     # says at import that the Hub package kernels, which would fetch code from the network, is not installed
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # DeepSpeed compiles with the first ninja on the path. Ours lies beside python, even where the virtual environment
+    # is not activated; with now one ninja and now another everything would be compiled anew at each start (40 s).
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
     # deepspeed's op builder and pkg_resources-era imports warn at import; nothing a user of ours can act on
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
