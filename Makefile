@@ -1,8 +1,8 @@
 # Two commands do everything: `make demo` and `make test`. Both go through `make setup`, which installs into .venv and
 # does nothing when that is current.
 
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -12,7 +12,7 @@ setup: $(INSTALLED)
 
 # torch first and by itself: a looser requirement would pull another build of it
 $(INSTALLED): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed, none was found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, none was found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing into .venv (minutes, once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check -c constraints.txt torch

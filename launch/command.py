@@ -1,4 +1,4 @@
-"""How every command ends: 0 done, 2 bad input (said without a traceback), 130 interrupted."""
+"""How every command ends: 0 done, 2 bad input (said without a traceback), 130 interrupted (typer's)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pipeline.errors import UserError
 from pipeline.processes import is_main, rank
 
 BAD_INPUT = 2
-INTERRUPTED = 130
 
 
 def _print_error(message: str) -> None:
@@ -33,6 +32,3 @@ def run_command(command: Callable[..., None]) -> None:
     except UserError as error:
         _print_error(str(error))
         sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ def lora_config(adapter: schema.Adapter) -> LoraConfig:
     )
 
 
-def check_target_modules(model: nn.Module, adapter: schema.Adapter) -> None:
+def check_target_modules(model: PreTrainedModel, adapter: schema.Adapter) -> None:
     """Every listed name must match a linear layer; peft complains only when none of them does.
 
     Raises:
@@ -54,7 +54,8 @@ def check_target_modules(model: nn.Module, adapter: schema.Adapter) -> None:
     """
     if adapter.target_modules == "all-linear":
         return
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head = model.get_output_embeddings()  # trl multiplies by its weight directly: an adapter on it would not be seen
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     missing = [
         target
         for target in adapter.target_modules
@@ -111,7 +112,11 @@ def read_settings(folder: Path) -> AdapterSettings:
             f"{folder}: a peft adapter without {SETTINGS_FILE}, so how it was trained is not known.\n"
             "Expected an adapter that launch/sft.py wrote."
         )
-    return AdapterSettings(**json.loads(file.read_text()))
+    try:
+        return AdapterSettings(**json.loads(file.read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        expected = ", ".join(field.name for field in fields(AdapterSettings))
+        raise UserError(f"{file}: cannot be read ({error}).\nExpected an object with {expected}.") from error
 
 
 def check_adapter_folder(folder: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
 from trl import SFTConfig
 
 from pipeline.distributed import deepspeed_config, zero_stage
+from pipeline.errors import UserError
+from pipeline.processes import launched
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import effective_training
 
@@ -19,7 +22,7 @@ def sft_config(recipe: Recipe, folder: Path) -> SFTConfig:
         recipe: whose ``training`` section was checked against ``SFTConfig`` when it was read.
         folder: of the run; checkpoints go to ``checkpoints/`` in it.
     """
-    return SFTConfig(
+    arguments = SFTConfig(
         **{**effective_training(recipe), **_checkpointing(recipe)},
         run_name=recipe.name,
         output_dir=str(folder / "checkpoints"),
@@ -31,6 +34,11 @@ def sft_config(recipe: Recipe, folder: Path) -> SFTConfig:
         use_cpu=not torch.cuda.is_available(),
         deepspeed=deepspeed_config(recipe),
     )
+    if not launched():
+        # plain python is one process on one GPU; where several are visible transformers would wrap the model in
+        # DataParallel, which trl refuses. Trainer sets the same field where a model is split over devices.
+        arguments._n_gpu = min(1, torch.cuda.device_count())
+    return arguments
 
 
 def _checkpointing(recipe: Recipe) -> dict[str, object]:
@@ -45,3 +53,18 @@ def _checkpointing(recipe: Recipe) -> dict[str, object]:
         return {}
     given = recipe.training.get("activation_checkpointing_kwargs", recipe.training.get("gradient_checkpointing_kwargs"))
     return {"activation_checkpointing_kwargs": {**(given or {}), "use_reentrant": True}}
+
+
+def check_reporters(recipe: Recipe) -> None:
+    """Refuse a tracker that is not installed before the base is loaded; transformers finds out after.
+
+    Raises:
+        UserError: names the package.
+    """
+    chosen = effective_training(recipe)["report_to"]
+    for name in [chosen] if isinstance(chosen, str) else chosen or []:
+        if name not in ("none", "all") and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"training.report_to: {name!r} is not installed in this environment.\n"
+                f"Install it (`pip install {name}`; wandb comes with the extra `gpu`), or leave it out."
+            )

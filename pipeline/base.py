@@ -72,6 +72,19 @@ def load_config(base: schema.Base, zero: int = 0) -> transformers.PretrainedConf
     return config
 
 
+def check_length(config: transformers.PretrainedConfig, base: schema.Base, max_length: int) -> None:
+    """Refuse rows longer than the positions that the base was made for.
+
+    Raises:
+        UserError: gives the longest.
+    """
+    longest = config.get_text_config().to_dict().get("max_position_embeddings")
+    if longest is not None and max_length > longest:
+        raise UserError(
+            f"data.max_length: found {max_length}, but {base.model} was made for at most {longest} positions: lower it"
+        )
+
+
 def check_device(base: schema.Base) -> None:
     """Refuse a dtype that this machine computes wrongly or not at all.
 
@@ -119,18 +132,20 @@ def load_base(base: schema.Base, device: torch.device | None = None) -> transfor
     """
     check_local(base.model, "base.model")
     device = device or default_device()
+    quantization = quantization_config(base)
+    # even None would replace the settings that an already quantised base brings along
+    quantized = {} if quantization is None else {"quantization_config": quantization}
     with hub_errors(base.model, "base.model"):
         model = AutoModelForCausalLM.from_pretrained(
             base.model,
             revision=base.revision,
             dtype=DTYPES[base.dtype],
-            quantization_config=quantization_config(base),
             device_map=None if is_deepspeed_zero3_enabled() else {"": device},
             attn_implementation=base.attention,
             trust_remote_code=base.trust_remote_code,
+            **quantized,
         )
-    if base.quantization == "nf4":
-        _keep_training_kernel(model)
+    _keep_training_kernel(model)
     return model
 
 

@@ -124,4 +124,6 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with whole_parameters(list(trainable.values())):
         whole = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainable.items()}
-    return {name: weight.contiguous() for name, weight in get_peft_model_state_dict(model, state_dict=whole).items()}
+    # embeddings are never trained here; "auto" would ask the Hub about the base, at the very end of a run
+    named = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+    return {name: weight.contiguous() for name, weight in named.items()}

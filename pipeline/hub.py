@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 
@@ -95,8 +96,6 @@ def hub_errors(name: str, key: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, HfHubHTTPError, ConnectionError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, HfHubHTTPError, ConnectionError) as error:
         message = _hub_message(name, key, error)
-        if message is None:
-            raise
-        raise UserError(message) from error
+        raise UserError(message or f"{key}: {name!r} cannot be loaded: {error}") from error

@@ -42,7 +42,7 @@ def _text(recipe: Recipe, record: dict[str, Any], history: list[dict[str, Any]])
         f"Last measured at step {measured['step']}: validation loss {measured['validation_loss']:.4f} nats per trained "
         f"token, training probe {measured['probe_loss']:.4f}, generalisation gap {measured['generalization_gap']:+.4f}."
         if measured
-        else "No validation data was given, so nothing is known about its generalisation."
+        else "No validation loss was measured, so nothing is known about its generalisation."
     )
     rows = ", ".join(f"{entry['rows']} {entry['split']} rows" for entry in record["data"])
     return f"""# {recipe.name}

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapter import check_target_modules, lora_config
-from pipeline.base import check_device, load_config, load_tokenizer
+from pipeline.base import check_device, check_length, load_config, load_tokenizer
 from pipeline.data import LabelStatistics, label_statistics, tokenise
 from pipeline.data.load import load_rows, read_raw
 from pipeline.data.tokenise import IGNORED
@@ -160,7 +160,7 @@ def first_rows(recipe: Recipe, tokenizer: transformers.PreTrainedTokenizerBase, 
     count = sum(_count(source, f"data.train.{index}") for index, source in enumerate(data.train))
     held_out = 0
     if data.validation is not None and data.validation.source is not None:
-        load_rows([_first(data.validation.source, rows)], "data.validation.source")
+        load_rows([_first(data.validation.source, rows)], ["data.validation.source"])
         held_out = _count(data.validation.source, "data.validation.source")
     elif data.validation is not None and data.validation.fraction is not None:
         held_out = math.ceil(count * data.validation.fraction)
@@ -253,12 +253,10 @@ def disk_forecast(recipe: Recipe, shape: ModelShape, run: Batch) -> Disk:
 def _look_at_machine(findings: Findings, config: transformers.PretrainedConfig) -> None:
     """What the base's configuration, this machine and the run's folder say about the recipe."""
     recipe = findings.recipe
-    longest = config.get_text_config().to_dict().get("max_position_embeddings")
-    if longest is not None and recipe.data.max_length > longest:
-        findings.errors.append(
-            f"data.max_length: found {recipe.data.max_length}, but {recipe.base.model} was made for at most {longest} "
-            "positions: lower it"
-        )
+    try:
+        check_length(config, recipe.base, recipe.data.max_length)
+    except UserError as error:
+        findings.errors.append(str(error))
     try:
         check_device(recipe.base)
     except UserError as error:

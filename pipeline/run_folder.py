@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, recipe_to_yaml
@@ -22,7 +24,7 @@ PROVENANCE_FILE = "provenance.json"
 
 def run_folder(recipe: Recipe) -> Path:
     """Where a recipe's training run is written."""
-    return Path(recipe.output) / recipe.name
+    return Path(recipe.output).expanduser() / recipe.name
 
 
 def check_run_folder(recipe: Recipe, overwrite: bool) -> None:
@@ -66,3 +68,9 @@ def _held(folder: Path) -> str:
     if (folder / RECIPE_FILE).exists():
         return "an unfinished run"
     return "files of something else"
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's log, oldest first; empty where the run logged nothing."""
+    file = folder / HISTORY_FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_callback import ProgressCallback
 
 from pipeline.adapter import check_target_modules, save_adapter, settings_of
-from pipeline.arguments import sft_config
-from pipeline.base import check_device, load_base, load_config, load_tokenizer
+from pipeline.arguments import check_reporters, sft_config
+from pipeline.base import check_device, check_length, load_base, load_config, load_tokenizer
 from pipeline.data import Splits, load_splits
 from pipeline.distributed import adapter_weights, check_launch, zero_stage
 from pipeline.errors import UserError
@@ -26,7 +25,15 @@ from pipeline.processes import is_main
 from pipeline.progress import PlainWordsCallback
 from pipeline.provenance import now, provenance, write_json
 from pipeline.recipe import Recipe
-from pipeline.run_folder import HISTORY_FILE, PROVENANCE_FILE, check_run_folder, create_run_folder, run_folder
+from pipeline.recipe.training import resolved_training
+from pipeline.run_folder import (
+    HISTORY_FILE,
+    PROVENANCE_FILE,
+    check_run_folder,
+    create_run_folder,
+    read_history,
+    run_folder,
+)
 from pipeline.trainer import LoraDropoutTrainer
 
 
@@ -57,21 +64,21 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
     check_run_folder(recipe, overwrite)
     check_launch(recipe)
     check_device(recipe.base)
-    load_config(recipe.base, zero_stage(recipe))
+    check_length(load_config(recipe.base, zero_stage(recipe)), recipe.base, recipe.data.max_length)
+    check_reporters(recipe)
     tokenizer = load_tokenizer(recipe.base)
     folder = run_folder(recipe)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
     arguments = sft_config(recipe, folder)
-    with PartialState().main_process_first():  # one rank writes the caches, the others read them
-        splits = load_splits(recipe, tokenizer)
+    splits = load_splits(recipe, tokenizer)
     record = provenance(recipe, splits.sources)
 
     set_seed(recipe.seed)
     model = load_base(recipe.base)
     check_target_modules(model, recipe.adapter)
-    with PartialState().main_process_first():
-        if is_main():
-            create_run_folder(recipe)
+    if is_main():
+        create_run_folder(recipe)
+    PartialState().wait_for_everyone()
     interrupt = InterruptCallback()
     trainer = LoraDropoutTrainer(
         recipe=recipe,
@@ -112,6 +119,10 @@ def _announce(trainer: LoraDropoutTrainer, splits: Splits) -> None:
     trained, total = trainer.adapted.get_nb_trainable_parameters()
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     layers = len(trainer.dropout.layers) if trainer.dropout else 0
+    for split, rows in splits.dropped.items():
+        if rows:
+            listed = ", ".join(str(row + 1) for row in rows[:10]) + (", ..." if len(rows) > 10 else "")
+            print(f"warning: {len(rows)} {split} rows have no trained token and are left out (rows {listed})")
     print(
         f"{len(splits.train):,} training rows ({splits.statistics.trained_tokens:,} trained tokens), "
         f"{len(splits.validation) if splits.validation else 0:,} validation rows\n"
@@ -133,12 +144,6 @@ def _write_results(trainer: LoraDropoutTrainer, recipe: Recipe, record: dict[str
     trainer.accelerator.wait_for_everyone()
 
 
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's log, oldest first; empty where the run logged nothing."""
-    file = folder / HISTORY_FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def out_of_memory_advice(recipe: Recipe) -> str:
     """What to change, what costs least first."""
     dropout = recipe.adapter.dropout
@@ -146,8 +151,8 @@ def out_of_memory_advice(recipe: Recipe) -> str:
     if dropout.rate > 0 and dropout.instances > 1 and dropout.execution == "batched":
         advice.append("adapter.dropout.execution=sequential (1/N of the activations, same loss, slower)")
     advice.append("training.per_device_train_batch_size lower, training.gradient_accumulation_steps higher by as much")
-    if recipe.training.get("gradient_checkpointing") is False:
-        advice.append("training.gradient_checkpointing=true (recomputes activations)")
+    if not resolved_training(recipe)["activation_checkpointing"]:
+        advice.append("training.activation_checkpointing=true (recomputes activations)")
     advice.append("data.max_length lower (truncates rows: see launch/check.py)")
     if recipe.base.quantization != "nf4":
         advice.append("base.quantization=nf4 (changes the base)")

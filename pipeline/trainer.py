@@ -128,6 +128,7 @@ class LoraDropoutTrainer(SFTTrainer):
             loss = self._one_after_another(model, inputs, rows, num_items_in_batch)
         # trl counts the tokens of every copy; a token is one token of the data
         self._total_train_tokens = counted + (self._total_train_tokens - counted) // self.copies
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         self._micro_batch = 0 if self.accelerator.sync_gradients else self._micro_batch + 1
         return loss
 

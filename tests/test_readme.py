@@ -30,7 +30,7 @@ COMMANDS = {
     "deepspeed launch/sft.py recipes/alpaca.yaml": SMALL_ALPACA + " name=readme",
     "deepspeed launch/sft.py recipes/alpaca.yaml base.model=../llama-2-7b data.train.0.path=mine.jsonl "
     "adapter.dropout.rate=0.3": "as the command before it, whose overrides are more",
-    'python launch/ask.py outputs/pocket "What is 4 plus 5?"': "--max-new-tokens 4",
+    'python launch/ask.py outputs/pocket "Which number comes after 41?"': "--max-new-tokens 4",
     "python launch/evaluate.py recipes/pocket/pocket.yaml eval.ensemble.instances=4": (
         "--adapter {runs}/readme --output {runs}/results eval.limit=2 eval.tasks.2=pocket_answer"
     ),

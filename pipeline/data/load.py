@@ -18,12 +18,12 @@ from pipeline.recipe.schema import FORMAT_COLUMNS
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def load_rows(sources: list[schema.Source], key: str = "data.train") -> datasets.Dataset:
+def load_rows(sources: list[schema.Source], keys: list[str] | None = None) -> datasets.Dataset:
     """All rows of the sources, in order.
 
     Args:
         sources: of the recipe.
-        key: recipe key of the list, for messages.
+        keys: recipe key of each, for messages; those of ``data.train`` by default.
 
     Returns:
         A dataset with the columns ``prompt``, ``completion`` (text) and ``row`` (int, place in the concatenation,
@@ -32,7 +32,8 @@ def load_rows(sources: list[schema.Source], key: str = "data.train") -> datasets
     Raises:
         UserError: names file, row and column of what is wrong.
     """
-    parts = [load_source(source, f"{key}.{index}") for index, source in enumerate(sources)]
+    keys = keys or [f"data.train.{index}" for index in range(len(sources))]
+    parts = [load_source(source, key) for source, key in zip(sources, keys, strict=True)]
     rows = datasets.concatenate_datasets(parts)
     return rows.add_column("row", list(range(len(rows))))
 

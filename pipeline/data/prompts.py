@@ -58,5 +58,7 @@ class PromptTemplate:
         """
         try:
             return self._template.render(columns)
-        except (jinja2.UndefinedError, jinja2.exceptions.SecurityError) as error:
-            raise UserError(f"{self.key}: {error}; the row has the columns {', '.join(sorted(columns))}") from error
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(
+                f"{self.key}: {error}; the row has the columns {', '.join(sorted(columns))}"
+            ) from error

@@ -27,6 +27,8 @@ class Splits:
     """Training rows, fixed by the seed, measured like validation; their difference is the generalisation gap."""
     statistics: LabelStatistics
     """Of the training rows, before untrained ones were dropped."""
+    dropped: dict[str, list[int]]
+    """``row`` of each row without a trained token, left out, by split."""
     sources: list[dict[str, object]]
     """Path, rows and content fingerprint of each split."""
 
@@ -43,14 +45,17 @@ def load_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Splits:
     statistics = label_statistics(tokenised)
     train = without_untrained(tokenised, statistics, "data.train")
     sources = [_described("train", [s.path for s in recipe.data.train], rows)]
+    dropped = {"training": statistics.untrained_rows}
     if held_out is None:
-        return Splits(train, None, None, statistics, sources)
+        return Splits(train, None, None, statistics, dropped, sources)
     validation = tokenise(held_out, tokenizer, max_length)
-    validation = without_untrained(validation, label_statistics(validation), "data.validation")
+    held_out_statistics = label_statistics(validation)
+    dropped["validation"] = held_out_statistics.untrained_rows
+    validation = without_untrained(validation, held_out_statistics, "data.validation")
     assert recipe.data.validation is not None
     source = recipe.data.validation.source
     sources.append(_described("validation", [source.path] if source else ["held out of train"], held_out))
-    return Splits(train, validation, probe_rows(train, recipe), statistics, sources)
+    return Splits(train, validation, probe_rows(train, recipe), statistics, dropped, sources)
 
 
 def split_rows(data: schema.Data, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -59,7 +64,7 @@ def split_rows(data: schema.Data, seed: int) -> tuple[datasets.Dataset, datasets
     if data.validation is None:
         return rows, None
     if data.validation.source is not None:
-        return rows, load_rows([data.validation.source], "data.validation.source")
+        return rows, load_rows([data.validation.source], ["data.validation.source"])
     assert data.validation.fraction is not None  # the schema asks for exactly one of the two
     if round(len(rows) * data.validation.fraction) in (0, len(rows)):
         raise UserError(

@@ -1,6 +1,6 @@
 """LoRA Dropout by itself: masks, the masked layer, the objective, and the handle that switches masks on and off.
 
-Needs torch and peft only; nothing in this folder knows recipes, trl or DeepSpeed.
+Needs torch, peft and bitsandbytes; nothing in this folder knows recipes, trl or DeepSpeed.
 """
 
 from pipeline.lora_dropout.attach import LoraDropout, folded_alpha

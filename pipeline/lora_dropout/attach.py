@@ -115,7 +115,7 @@ class LoraDropout:
 
     def layer_masks(self, purpose: str, coordinates: Sequence[tuple[int, ...]]) -> dict[str, LayerMasks]:
         """Masks of every layer at these coordinates, by canonical name."""
-        scale = 1.0 / (1.0 - self.rate)
+        scale = (1.0 - self.rate) ** -2
         bits = kept(self._feature_words(), self.seed, purpose, coordinates, self.rate)  # (G, F)
         sizes = [size for layer in self.layers.values() for size in feature_counts(layer)]
         parts = iter(bits.split(sizes, dim=1))

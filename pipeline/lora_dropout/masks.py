@@ -22,6 +22,9 @@ Side = Literal["A", "B"]
 
 _LOW_32_BITS = 0xFFFFFFFF
 
+_MOST_WORDS = 2**24
+"""Words hashed at once, 128 MiB for each intermediate: a 7B model has 2.5 million features per group."""
+
 
 def _signed(word: int) -> int:
     """The int64 with the bits of an unsigned 64-bit word: torch multiplies and adds int64 modulo 2**64."""
@@ -84,5 +87,10 @@ def kept(
     first, second = coordinate_words(seed, purpose, coordinates)
     first_words = torch.tensor(first, dtype=torch.int64, device=words.device)[:, None]
     second_words = torch.tensor(second, dtype=torch.int64, device=words.device)[:, None]
-    drawn = mixed(mixed(words[None, :] ^ first_words) + second_words)
-    return ((drawn >> 32) & _LOW_32_BITS) < round((1.0 - rate) * 2**32)
+    threshold = round((1.0 - rate) * 2**32)
+    groups = max(1, _MOST_WORDS // len(words))
+    parts = [
+        (mixed(mixed(words[None, :] ^ one) + other) >> 32) & _LOW_32_BITS < threshold
+        for one, other in zip(first_words.split(groups), second_words.split(groups), strict=True)
+    ]
+    return torch.cat(parts)

@@ -25,16 +25,14 @@ class LayerMasks:
     kept_out: torch.Tensor
     """``(G, out)`` bool, the kept rows of B."""
     scale: float
-    """1 / (1-p), applied to each of the two masks."""
+    """(1 / (1-p))**2, of both masks together. Applied to the output: 1 / (1-p) is no number of bfloat16."""
 
 
 def masked_weights(
     weight_a: torch.Tensor, weight_b: torch.Tensor, masks: LayerMasks
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A_hat`` ``(G, r, in)`` and ``B_hat`` ``(G, out, r)`` in the weights' dtype."""
-    factor_in = masks.kept_in.to(weight_a.dtype) * masks.scale
-    factor_out = masks.kept_out.to(weight_b.dtype) * masks.scale
-    return weight_a[None] * factor_in[:, None, :], weight_b[None] * factor_out[:, :, None]
+    """``A_hat`` ``(G, r, in)`` and ``B_hat`` ``(G, out, r)`` in the weights' dtype, not yet rescaled."""
+    return weight_a[None] * masks.kept_in[:, None, :], weight_b[None] * masks.kept_out[:, :, None]
 
 
 def lora_output(x: torch.Tensor, masked_a: torch.Tensor, masked_b: torch.Tensor) -> torch.Tensor:
@@ -82,4 +80,4 @@ class LoraDropoutVariant(LoraVariant):
         weight_a = module.lora_A[active_adapter].get_parameter("weight")
         weight_b = module.lora_B[active_adapter].get_parameter("weight")
         masked_a, masked_b = masked_weights(weight_a, weight_b, self.masks)
-        return result + lora_output(x, masked_a, masked_b) * module.scaling[active_adapter]
+        return result + lora_output(x, masked_a, masked_b) * (module.scaling[active_adapter] * self.masks.scale)

@@ -108,7 +108,7 @@ class Adapter(Section):
     """Rank r of B @ A."""
     alpha: float = Field(default=32.0, gt=0)
     """The adapter's output is multiplied by alpha / rank."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Every linear layer but the output head, or a list of module names as in peft."""
     input_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """peft's own `lora_dropout` on the adapter's input, fresh per token: a baseline, not LoRA Dropout."""
@@ -223,7 +223,7 @@ class Eval(Section):
     tasks: list[PathOrHubId] = []
     """lm-eval task names, names from eval/tasks, or paths of task YAML files. Empty: no evaluation stage."""
     task_folders: list[PathOrHubId] = []
-    """More folders with lm-eval task files."""
+    """More folders with lm-eval task files. A task file may run Python code (`!function`): only files you trust."""
     data_folder: PathOrHubId | None = None
     """Folder of the local task data that eval/tasks reads; the LORA_DROPOUT_DATA variable is its default."""
     num_fewshot: int | None = Field(default=None, ge=0)

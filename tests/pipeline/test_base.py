@@ -12,7 +12,8 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pipeline.base import check_device, load_base, load_config
+from pipeline.adapter import check_target_modules
+from pipeline.base import check_device, check_length, load_base, load_config
 from pipeline.errors import UserError
 from pipeline.recipe import schema
 
@@ -119,3 +120,42 @@ def test_a_prequantized_base_is_not_quantized_again(prequantized: str) -> None:
 def test_float16_without_a_gpu_is_refused() -> None:
     with pytest.raises(UserError, match=r"base.dtype: float16 trains on GPUs only.*\n.*base.dtype=bfloat16"):
         check_device(schema.Base(model="x", dtype="float16"))
+
+
+def test_a_prequantized_base_loads_as_it_is(small_base: Path, tmp_path: Path) -> None:
+    """What the refusals advise, `base.quantization=none`, works; the cure of trap 1 reaches it too."""
+    load_base(schema.Base(model=str(small_base))).save_pretrained(tmp_path / "nf4")
+    model = load_base(schema.Base(model=str(tmp_path / "nf4"), quantization="none"))
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    before, after = gradients_before_and_after_evaluation(adapted(model))
+    assert torch.equal(before, after)
+
+
+def test_rows_longer_than_the_positions_are_refused(small_base: Path) -> None:
+    base = schema.Base(model=str(small_base))
+    config = load_config(base)
+    check_length(config, base, config.max_position_embeddings)
+    with pytest.raises(UserError, match="data.max_length: found 100000, but .* made for at most"):
+        check_length(config, base, 100_000)
+
+
+def test_the_output_head_is_no_target(small_base: Path) -> None:
+    model = load_base(schema.Base(model=str(small_base), quantization="none"))
+    with pytest.raises(UserError, match=r"adapter.target_modules: lm_head matches no linear layer") as caught:
+        check_target_modules(model, schema.Adapter(target_modules=["q_proj", "lm_head"]))
+    assert "lm_head" not in str(caught.value).splitlines()[1]
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "no-such-thing"}'])
+def test_a_folder_that_is_no_model_is_said_without_a_traceback(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=f"base.model: '{tmp_path}' cannot be loaded"):
+        load_config(schema.Base(model=str(tmp_path)))
+
+
+def test_a_model_without_weights_is_said_without_a_traceback(small_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((small_base / "config.json").read_text())
+    with pytest.raises(UserError, match="base.model: .* cannot be loaded"):
+        load_base(schema.Base(model=str(tmp_path), quantization="none"))

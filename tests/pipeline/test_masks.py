@@ -174,7 +174,7 @@ def test_layer_masks_have_the_layers_shapes_and_key() -> None:
     dropout = LoraDropout(small_model(), 0.25, seed=3)
     masks = dropout.layer_masks("train", [(9, 1)])["model.layers.1.mlp.down_proj"]
     assert masks.kept_in.shape == (1, 24) and masks.kept_out.shape == (1, 16)
-    assert masks.scale == pytest.approx(4 / 3)
+    assert masks.scale == pytest.approx((4 / 3) ** 2)
     key = {"seed": 3, "coordinate": (9, 1), "module": "model.layers.1.mlp.down_proj"}
     assert torch.equal(masks.kept_in[0], bits(0.25, side="A", features=24, **key))
     assert torch.equal(masks.kept_out[0], bits(0.25, side="B", features=16, **key))

@@ -228,7 +228,7 @@ recipes = st.fixed_dictionaries(
             {
                 "alpha": st.floats(min_value=1e-300, max_value=1e300),
                 "rank": st.integers(1, 4096),
-                "target_modules": st.just("all-linear") | st.lists(text, max_size=3),
+                "target_modules": st.just("all-linear") | st.lists(text, min_size=1, max_size=3),
                 "dropout": st.fixed_dictionaries({"rate": st.floats(0, 1, exclude_max=True)}),
             }
         ),

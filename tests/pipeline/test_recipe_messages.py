@@ -84,7 +84,10 @@ def test_added_line(tmp_path: Path, added: str, line: int, expected: str) -> Non
         ("adapter.dropout.rat=0.1", "unknown key (found 0.1), expected one of rate, instances, sampling, execution"),
         ("adapter.dropout.rat=0.1", "did you mean adapter.dropout.rate?"),
         ("adapter.alpha=.inf", "found inf, expected a number above 0"),
-        ("adapter.target_modules=q_proj", "found the text 'q_proj', expected all-linear, or a list, each text"),
+        (
+            "adapter.target_modules=q_proj",
+            "found the text 'q_proj', expected all-linear, or a list of at least 1, each text",
+        ),
         ("adapter.target_modules=[q_proj, 3]", "adapter.target_modules.1: found 3, expected text"),
         ("base.quantization=nf8", "expected one of nf4, int8, none; did you mean nf4?"),
         ("base.quantisation=nf4", "did you mean base.quantization?"),

@@ -1,0 +1,52 @@
+"""The log: a token of the data counts once, however many copies of it the objective makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from training_support import random_rows, write_rows
+
+from pipeline.progress import plain_words
+from pipeline.recipe import load_recipe
+from pipeline.train import train
+
+RECIPE = """
+name: log
+output: {folder}/outputs
+base: {{model: {base}, quantization: none, dtype: float32}}
+adapter: {{rank: 2, dropout: {{rate: 0.5, instances: 4, sampling: instance, execution: {execution}}}}}
+data: {{train: [{{path: {folder}/rows.jsonl, prompt: "{{{{ instruction }}}} ="}}], max_length: 48}}
+training: {{max_steps: 3, per_device_train_batch_size: 2, logging_steps: 1, save_strategy: "no", report_to: tensorboard}}
+"""
+
+
+@pytest.mark.parametrize("execution", ["batched", "sequential"])
+def test_copies_are_not_counted_as_tokens(tmp_path: Path, small_base: Path, execution: str) -> None:
+    write_rows(tmp_path / "rows.jsonl", random_rows(12, seed=3, longest=9))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(folder=tmp_path, base=small_base, execution=execution))
+    folder = train(load_recipe(recipe))
+
+    records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert all(record["tokens_per_second"] > 0 for record in records)  # miscounted, a short batch after a long is below
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "runs")).Reload()
+    (tag,) = [tag for tag in events.Tags()["scalars"] if tag.endswith("num_tokens")]
+    counted = [event.value for event in events.Scalars(tag)]
+    assert counted == sorted(counted)
+    assert counted[-1] <= 3 * 2 * 48  # steps, rows, tokens: four copies would be above for rows of this length
+
+
+def test_the_line_is_in_plain_words() -> None:
+    record = {"step": 40, "loss": 1.23456, "learning_rate": 1.9e-4, "gradient_norm": 0.812, "tokens_per_second": 5210.4}
+    assert plain_words(record, 200) == (
+        "step 40/200 · loss 1.2346 · learning rate 1.9e-04 · gradient norm 0.81 · 5,210 tokens/s"
+    )
+    measured = {"step": 40, "validation_loss": 0.6038, "probe_loss": 0.5527, "generalization_gap": 0.0511}
+    assert plain_words(measured, 200).endswith(
+        "validation loss 0.6038 · training probe 0.5527 · generalisation gap +0.0511"
+    )
