@@ -60,5 +60,5 @@ class PromptTemplate:
             return self._template.render(columns)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(
-                f"{self.key}: {error}; the row has the columns {', '.join(sorted(columns))}"
+                f"{self.key}: cannot be rendered: {error}; the row has the columns {', '.join(sorted(columns))}"
             ) from error

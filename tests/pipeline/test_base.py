@@ -136,7 +136,7 @@ def test_rows_longer_than_the_positions_are_refused(small_base: Path) -> None:
     base = schema.Base(model=str(small_base))
     config = load_config(base)
     check_length(config, base, config.max_position_embeddings)
-    with pytest.raises(UserError, match="data.max_length: found 100000, but .* made for at most"):
+    with pytest.raises(UserError, match=r"data.max_length: found 100000, but .* made for at most"):
         check_length(config, base, 100_000)
 
 
@@ -157,5 +157,5 @@ def test_a_folder_that_is_no_model_is_said_without_a_traceback(tmp_path: Path, c
 
 def test_a_model_without_weights_is_said_without_a_traceback(small_base: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((small_base / "config.json").read_text())
-    with pytest.raises(UserError, match="base.model: .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"base.model: .* cannot be loaded"):
         load_base(schema.Base(model=str(tmp_path), quantization="none"))
