@@ -259,7 +259,7 @@ def test_few_untrained_rows_are_dropped_and_counted(
     path = write_rows(tmp_path / "r.jsonl", rows)
     splits = load_splits(recipe(pocket_base, path), tokenizer)
     assert len(splits.train) == 199 and 17 not in splits.train["row"]
-    assert splits.statistics.untrained_rows == [17]
+    assert splits.statistics.untrained_rows == [17] and splits.dropped == {"training": [17]}
     assert (splits.statistics.rows, splits.statistics.truncated_rows) == (200, 1)
 
 
@@ -290,6 +290,12 @@ def test_label_statistics_count_what_is_predicted() -> None:
     statistics = label_statistics(rows)
     assert (statistics.tokens, statistics.trained_tokens) == (7, 2)
     assert statistics.untrained_rows == [7]  # its only label is the first token, which nothing predicts
+
+
+def test_a_validation_source_is_named_by_its_key(tmp_path: Path, pocket_base: Path) -> None:
+    good, bad = write_rows(tmp_path / "a.jsonl", ROWS), write_rows(tmp_path / "b.jsonl", [{"text": "x"}])
+    with pytest.raises(UserError, match=r"^data\.validation\.source: .* has the columns text"):
+        load_splits(recipe(pocket_base, good, bad), AutoTokenizer.from_pretrained(pocket_base))
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
@@ -356,14 +362,19 @@ def test_a_completion_that_is_no_text_names_its_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("{{ instruction ", "data.train.0.prompt: not a Jinja2 template"),
-        ("{{ question }}", "data.train.0.prompt: 'question' is undefined; the row has the columns"),
-        ("{{ instruction.__class__.__mro__ }}", "data.train.0.prompt: access to attribute '__class__'"),
+        ("{{ instruction ", "not a Jinja2 template"),
+        ("{{ question }}", "'question' is undefined; the row has the columns"),
+        ("{{ instruction + 1 }}", "can only concatenate str"),
+        (
+            "{{ instruction.__class__.__mro__ }}",
+            "access to attribute '__class__'",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_rendered(tmp_path: Path, template: str, expected: str) -> None:
     path = write_rows(tmp_path / "r.jsonl", ROWS)
-    assert expected in message_of(path, prompt=template)
+    message = message_of(path, prompt=template)
+    assert message.startswith("data.train.0.prompt: ") and expected in message
 
 
 @pytest.mark.parametrize("content", ["[]", "", " \n"])

@@ -211,6 +211,7 @@ def _changed_share(before: dict[str, torch.Tensor], after: dict[str, torch.nn.Pa
 
 def main() -> None:
     jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    gc.freeze()  # else each of the many collections below walks all that was imported, half a second
     for job in jobs:
         print(f"== {job['name']}", flush=True)
         run(job, folder)
