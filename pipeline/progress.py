@@ -29,29 +29,28 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
+WORDS = {
+    "loss": "loss {:.4f}",
+    "validation_loss": "validation loss {:.4f}",
+    "probe_loss": "training probe {:.4f}",
+    "generalization_gap": "generalisation gap {:+.4f}",
+    "learning_rate": "learning rate {:.1e}",
+    "gradient_norm": "gradient norm {:.2f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "peak_memory_gib": "peak memory {:.1f} GiB",
+}
+"""How a record is said, in this order."""
+
+
 def plain_words(record: dict[str, Any], steps: int) -> str:
     """One line for a person.
 
     step 40/200 · loss 1.234 · learning rate 1.9e-04 · gradient norm 0.81 · 5,210 tokens/s · peak memory 1.2 GiB
     """
-    parts = [f"step {record['step']}/{steps}"]
-    if "loss" in record:
-        parts.append(f"loss {record['loss']:.4f}")
-    if "validation_loss" in record:
-        parts.append(f"validation loss {record['validation_loss']:.4f}")
-    if "probe_loss" in record:
-        parts.append(f"training probe {record['probe_loss']:.4f}")
-    if "generalization_gap" in record:
-        parts.append(f"generalisation gap {record['generalization_gap']:+.4f}")
-    if "learning_rate" in record:
-        parts.append(f"learning rate {record['learning_rate']:.1e}")
-    if "gradient_norm" in record:
-        parts.append(f"gradient norm {record['gradient_norm']:.2f}")
-    if "tokens_per_second" in record:
-        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     if "peak_memory_bytes" in record:
-        parts.append(f"peak memory {record['peak_memory_bytes'] / 2**30:.1f} GiB")
-    return " · ".join(parts)
+        record = {**record, "peak_memory_gib": record["peak_memory_bytes"] / 2**30}
+    parts = [words.format(record[name]) for name, words in WORDS.items() if name in record]
+    return " · ".join([f"step {record['step']}/{steps}", *parts])
 
 
 class PlainWordsCallback(ProgressCallback):
