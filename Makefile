@@ -10,13 +10,15 @@ INSTALLED := .venv/.installed
 
 setup: $(INSTALLED)
 
-# torch first and by itself: a looser requirement would pull another build of it
+# torch first and by itself: a looser requirement would pull another build of it. Last, the operator that DeepSpeed
+# would compile when the first run on a CPU starts.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, none was found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing into .venv (minutes, once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null
 	@touch $@
 
 demo: setup
