@@ -48,9 +48,6 @@ def recipe(pocket_base: Path, train: Path, validation: Path | float | None = Non
     )
 
 
-# --- forms -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", ["json", "jsonl", "parquet", "folder"])
 def test_every_file_format_gives_the_same_rows(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"rows.{form}"
@@ -129,9 +126,6 @@ def test_columns_are_rendered_as_they_are(instruction: str, given_input: str) ->
     rendered = PromptTemplate(schema.Source(path="x")).render({"instruction": instruction, "input": given_input})
     assert rendered == alpaca(instruction, given_input)
     assert ALPACA.count("{{") == 2
-
-
-# --- tokens and labels -----------------------------------------------------------------------------------------------
 
 
 def test_tokens_and_labels_are_trls_own(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -222,9 +216,6 @@ def test_a_missing_pad_token_is_handled_and_eos_stays_a_label(small_base: Path, 
     assert padding.any() and (batch["labels"][1][padding] == IGNORED).all()
 
 
-# --- splits ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_fraction_is_held_out_by_seed(pocket_base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write_rows(tmp_path / "r.jsonl", random_rows(40, seed=3))
     splits = load_splits(recipe(pocket_base, path, 0.25), tokenizer)
@@ -303,9 +294,6 @@ def test_an_empty_split_is_refused(pocket_base: Path, tmp_path: Path, fraction: 
     path = write_rows(tmp_path / "r.jsonl", ROWS)
     with pytest.raises(UserError, match=f"data.validation.fraction: {fraction} of 23 rows leaves one split empty"):
         load_splits(recipe(pocket_base, path, fraction), AutoTokenizer.from_pretrained(pocket_base))
-
-
-# --- what is wrong with a source -------------------------------------------------------------------------------------
 
 
 def message_of(path: Path, **keys: Any) -> str:
