@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from eval.decode import EnsembleDecoder, Step
+from eval.prompt import TrainingPrompt
 from pipeline.adapter import adapter_dropout, load_adapter, read_settings
 from pipeline.base import load_base, load_tokenizer
-from pipeline.data import PromptTemplate
 from pipeline.errors import UserError
 from pipeline.lora_dropout import LoraDropout
 from pipeline.recipe import Recipe, load_recipe, schema
@@ -56,27 +56,20 @@ def confidence(steps: Sequence[Step]) -> Confidence:
 
 
 def question_prompt(recipe: Recipe, question: str, context: str = "") -> str:
-    """The question in the prompt that training put before a completion: the first training source's.
+    """The question in the training run's prompt.
 
     Args:
         recipe: of the training run.
-        question: fills the format's ``instruction`` or ``prompt``, under the source's own column name.
-        context: fills ``input``.
+        question: the instruction.
+        context: the input that it is about.
 
     Raises:
         UserError: the prompt has no place for the context.
     """
-    source = recipe.data.train[0]
-    template = PromptTemplate(source)
-
-    def rendered(text: str) -> str:
-        columns = {"instruction": question, "prompt": question, "input": text}
-        own = {name: columns[wanted] for wanted, name in source.columns.items() if wanted in columns}
-        return template.render({**columns, **own})
-
-    if context and rendered(context) == rendered(""):
+    prompt = TrainingPrompt(recipe)
+    if context and prompt.render(question, context) == prompt.render(question):
         raise UserError("--input: this adapter was trained on prompts without an input; put it into the question")
-    return rendered(context)
+    return prompt.render(question, context)
 
 
 @dataclass

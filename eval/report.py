@@ -237,12 +237,13 @@ def cost_sentences(ours: Mapping[str, Any]) -> list[str]:
 
 
 def setting_rows(ours: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
-    """(setting, value). LoRA Dropout's are the adapter's own: the recipe may have changed since training."""
+    """(setting, value). The adapter's are its own: the recipe may have changed since training."""
     base, trained, ensemble = recipe.base, ours.get("adapter_settings"), ours.get("ensemble")
     storage = {"nf4": "4-bit nf4", "int8": "8-bit int8", "none": "not quantised"}[base.quantization]
     found = [("Base model", f"{base.model}, {storage}, {base.dtype}"), ("Adapter", ours.get("adapter") or "none")]
     if trained:
-        found += [("Rank, alpha", f"{recipe.adapter.rank}, {trained['alpha']:g}")]
+        folded = "" if trained["rescale"] else f" ({trained['lora_alpha']:g} in adapter_config.json)"
+        found += [("Rank, alpha", f"{trained['r']}, {trained['alpha']:g}{folded}")]
         found += dropout_rows(trained)
     if ensemble:
         members = f"{ensemble['instances']} members, average of {ensemble['average']} at every token"

@@ -1,10 +1,11 @@
-"""What an evaluation leaves behind: ``results.json``, samples, and ``latest`` beside them."""
+"""What an evaluation leaves behind: ``results.json``, samples, the report, and ``latest`` beside them."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,13 +18,14 @@ from lm_eval.api.metrics import acc_all, acc_all_stderr, mean, mean_stderr
 from lm_eval.api.task import Task
 from lm_eval.utils import handle_non_serializable
 
+from eval.report import write_report
 from eval.tasks import leaf_tasks
 from pipeline.adapter import AdapterSettings
 from pipeline.base import base_identity
 from pipeline.processes import world_size
 from pipeline.provenance import git_state, machine, now, versions
 from pipeline.recipe import Recipe, recipe_to_yaml
-from pipeline.run_folder import HISTORY_FILE, PROVENANCE_FILE
+from pipeline.run_folder import PROVENANCE_FILE, read_history
 
 STDERRS: dict[Callable[..., float], Callable[..., float]] = {mean: mean_stderr, acc_all: acc_all_stderr}
 """Closed-form standard errors. lm-eval gives them only together with its bootstrap of the other metrics, which
@@ -65,7 +67,7 @@ def our_section(
     """What ``results.json`` holds beside lm-eval's own keys, under ``lora_dropout``."""
     ensemble = recipe.eval.ensemble
     training = adapter / PROVENANCE_FILE
-    history = adapter / HISTORY_FILE
+    peft = json.loads((adapter / "adapter_config.json").read_text())
     evaluation = {
         "versions": versions(),
         "git": git_state(),
@@ -90,7 +92,7 @@ def our_section(
         if "ensemble" in finished
         else None,
         "adapter": str(adapter),
-        "adapter_settings": asdict(settings),
+        "adapter_settings": {**asdict(settings), "r": peft["r"], "lora_alpha": peft["lora_alpha"]},
         "limit": recipe.eval.limit,
         "prompt": recipe.eval.prompt,
         "provenance": {
@@ -99,32 +101,42 @@ def our_section(
         },
         "recipe": recipe.model_dump(),
         "recipe_yaml": recipe_to_yaml(recipe),
-        "history": [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else [],
+        "history": read_history(adapter),
     }
 
 
-def write_folder(finished: dict[str, SystemScores], section: dict[str, Any], parent: Path, started: str) -> Path:
-    """Write results and samples into a new folder that appears whole or not at all, and point ``latest`` at it."""
+def write_folder(results: dict[str, Any], finished: dict[str, SystemScores], parent: Path, started: str) -> Path:
+    """Write results, samples and report into a new folder, and point ``latest`` at it.
+
+    The folder appears whole or not at all; an error leaves nothing behind, and ``latest`` where it was.
+    """
     time_stamp = datetime.fromisoformat(started).astimezone(UTC).strftime("%Y%m%d-%H%M%S")
     parent.mkdir(parents=True, exist_ok=True)
     partial = parent / f".{time_stamp}-{os.getpid()}.part"
     partial.mkdir()
-    for system, scores in finished.items():
-        for task, samples in scores.samples.items():
-            lines = (json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) for sample in samples)
-            file_name = f"samples_{system}_{task}.jsonl".replace(":", "-").replace("/", "-")
-            (partial / file_name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    last = list(finished.values())[-1]
-    results = {**last.results, "lora_dropout": section}
-    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    (partial / "results.json").write_text(text + "\n", encoding="utf-8")
-    folder = parent / time_stamp
-    repeats = 1
-    while folder.exists():  # another evaluation began in the same second
-        repeats += 1
-        folder = parent / f"{time_stamp}-{repeats}"
-    partial.rename(folder)
+    try:
+        write_samples(finished, partial)
+        text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        (partial / "results.json").write_text(text + "\n", encoding="utf-8")
+        write_report(partial)
+        folder = parent / time_stamp
+        repeats = 1
+        while folder.exists():  # another evaluation began in the same second
+            repeats += 1
+            folder = parent / f"{time_stamp}-{repeats}"
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already, if nothing failed
     link = parent / f".latest-{os.getpid()}"
     link.symlink_to(folder.name)
     link.replace(parent / "latest")
     return folder
+
+
+def write_samples(finished: dict[str, SystemScores], folder: Path) -> None:
+    """lm-eval's samples of every system and task, one document per line."""
+    for system, scores in finished.items():
+        for task, samples in scores.samples.items():
+            lines = (json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) for sample in samples)
+            file_name = f"samples_{system}_{task}.jsonl".replace(":", "-").replace("/", "-")
+            (folder / file_name).write_text("\n".join(lines) + "\n", encoding="utf-8")

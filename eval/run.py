@@ -15,21 +15,22 @@ import torch.distributed as dist
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from rich.console import Console
 from transformers.integrations import unset_hf_deepspeed_config
 
 from eval.lm import EnsembleLM
-from eval.report import write_report
+from eval.prompt import TrainingPrompt
 from eval.results import SystemScores, add_stderrs, our_section, write_folder
-from eval.tasks import load_tasks, training_prompt
+from eval.score_table import score_table
+from eval.scores import SYSTEMS
+from eval.tasks import load_tasks
 from pipeline.adapter import AdapterSettings, adapter_dropout, load_adapter, read_settings
 from pipeline.base import load_base, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.processes import is_main, world_size
 from pipeline.provenance import now
-from pipeline.recipe import Recipe, schema
-
-SYSTEMS = ("base", "deterministic", "ensemble")
-"""In the order they run; the last one that ran is what ``results.json`` reports at its top."""
+from pipeline.recipe import Recipe, load_recipe, schema
+from pipeline.run_folder import RECIPE_FILE
 
 
 def evaluate(
@@ -43,7 +44,7 @@ def evaluate(
         recipe: ``base`` is loaded as it was trained on, ``eval`` says what to do.
         adapter: the folder that training wrote.
         output_root: results go to ``<output_root>/<recipe.name>/<time>``; ``latest`` beside it points there.
-        progress: announce each system on the screen.
+        progress: announce each system on the screen, and show the scores.
 
     Returns:
         The folder; None on processes other than the first.
@@ -56,7 +57,7 @@ def evaluate(
     check_base(recipe.base, adapter)
     systems = systems_of(recipe.eval, settings, adapter)
     tasks = load_tasks(recipe.eval)
-    prompt = training_prompt(recipe) if recipe.eval.prompt == "training" else None
+    prompt = TrainingPrompt(recipe).render if recipe.eval.prompt == "training" else None
     group = process_group()
     unset_hf_deepspeed_config()  # else a ZeRO-3 trainer of this process would have the base loaded in shards
     tokenizer = load_tokenizer(recipe.base)
@@ -83,18 +84,23 @@ def evaluate(
     if not is_main():
         return None
     section = our_section(recipe, adapter, settings, finished, started)
-    folder = write_folder(finished, section, output_root / recipe.name, started)
-    write_report(folder)
+    results = {**finished[systems[-1]].results, "lora_dropout": section}
+    if progress:
+        Console().print(score_table(results))  # before any file: a full disk does not cost the scores
+    folder = write_folder(results, finished, output_root / recipe.name, started)
     if progress:
         print(f"results and report written to {folder}", flush=True)
     return folder
 
 
 def check_base(base: schema.Base, adapter: Path) -> None:
-    """Compare the recipe's base with the one that the adapter names.
+    """Compare the recipe's base with the one that the adapter was trained on.
+
+    How it was stored stands in the recipe beside the adapter; an adapter without one is not compared in that.
 
     Raises:
-        UserError: they are of another name. A folder of the same name elsewhere counts as moved.
+        UserError: they are of another name (a folder of the same name elsewhere counts as moved), or stored or computed
+            in another type; the recipe beside the adapter cannot be read.
     """
     trained = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     if Path(trained).name != Path(base.model).name:
@@ -102,6 +108,27 @@ def check_base(base: schema.Base, adapter: Path) -> None:
             f"{adapter}: trained on the base {trained!r}, but base.model is {base.model!r}.\n"
             f"Evaluate with base.model={trained}; if that folder was only renamed, mend base_model_name_or_path in "
             f"{adapter / 'adapter_config.json'}."
+        )
+    if (adapter / RECIPE_FILE).exists():
+        check_storage(base, load_recipe(adapter / RECIPE_FILE).base, adapter)
+
+
+def check_storage(base: schema.Base, trained: schema.Base, adapter: Path) -> None:
+    """Refuse a base of the same name whose weights have other values than those the adapter was trained on.
+
+    Raises:
+        UserError: names both and the overrides that restore the trained one.
+    """
+    keys = ["quantization", "dtype"] + (["double_quantization"] if trained.quantization == "nf4" else [])
+    ours, theirs = base.model_dump(), trained.model_dump()
+    different = [key for key in keys if ours[key] != theirs[key]]
+    if different:
+        was, found = (
+            " ".join(f"base.{key}={str(values[key]).lower()}" for key in different) for values in (theirs, ours)
+        )
+        raise UserError(
+            f"{adapter}: trained on {was}, but this recipe has {found}: another base, whose scores would not be this "
+            f"adapter's.\nEvaluate with {was}"
         )
 
 
@@ -188,6 +215,6 @@ def memory_advice(section: schema.Eval) -> Iterator[None]:
             advice.append("eval.num_fewshot lower (shorter prompts, another task)")
         if members > 1:
             advice.append(f"eval.ensemble.instances={members // 2} (a smaller ensemble)")
-        advice.append("base.quantization=nf4, if the adapter was trained on that")
+        advice.append("base.quantization=nf4, in training too, if it is not yet (another adapter)")
         numbered = "\n".join(f"  {number}. {line}" for number, line in enumerate(advice, start=1))
         raise UserError(f"out of memory in evaluation. Change, in this order:\n{numbered}") from error

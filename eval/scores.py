@@ -16,6 +16,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 SYSTEMS = ("base", "deterministic", "ensemble")
+"""In the order they run; the last one that ran is what ``results.json`` reports at its top."""
 NORMAL_95 = NormalDist().inv_cdf(0.975)
 PERCENTAGES = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1", "contains"}
 LONG_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised", "mcc": "Matthews correlation", "f1": "F1"}

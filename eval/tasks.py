@@ -1,13 +1,13 @@
 """The recipe's tasks as lm-eval objects: lm-eval's own by name, ours in ``eval/tasks``, yours as YAML files.
 
 A task file that reads local data names a loader by lm-eval's own key ``custom_dataset: !function module.function``;
-the recipe's ``eval.data_folder`` reaches it as the argument ``data_folder``.
+the recipe's ``eval.data_folder`` reaches it as the argument ``data_folder``. Its code runs when the task is loaded.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -17,7 +17,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from eval.logs import quiet
-from pipeline.data import PromptTemplate
+from eval.prompt import TrainingPrompt
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, schema
 
@@ -48,7 +48,7 @@ def check_tasks(recipe: Recipe) -> None:
         return
     load_tasks(recipe.eval)
     if recipe.eval.prompt == "training":
-        training_prompt(recipe)("Say something.")
+        TrainingPrompt(recipe).render("Say something.")
 
 
 def load_tasks(section: schema.Eval) -> list[Task | Group]:
@@ -163,19 +163,3 @@ def _loaded(name: str, manager: TaskManager) -> list[Task | Group]:
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(tasks)[:8])}, ..."
         raise UserError(f"eval.tasks: the group {group!r} has no task {name!r}; {hint}")
     return [tasks[name]]
-
-
-def training_prompt(recipe: Recipe) -> Callable[[str], str]:
-    """From an instruction to the prompt that training puts before a completion.
-
-    It is the template of the first training source. The instruction fills the format's ``instruction`` or ``prompt``
-    under every name that the source gives it; ``input`` is empty.
-    """
-    source = recipe.data.train[0]
-    template = PromptTemplate(source)
-
-    def prompt(instruction: str) -> str:
-        columns = {"instruction": instruction, "prompt": instruction, "input": ""}
-        return template.render({**columns, **{own: columns.get(wanted, "") for wanted, own in source.columns.items()}})
-
-    return prompt

@@ -117,7 +117,15 @@ def synthetic_results() -> dict[str, Any]:
         "lora_dropout": {
             "systems": systems,
             "ensemble": {"instances": 8, "average": "logits", "seed": 7},
-            "adapter_settings": {"rate": 0.5, "instances": 2, "sampling": "example", "rescale": True, "alpha": 32.0},
+            "adapter_settings": {
+                "rate": 0.5,
+                "instances": 2,
+                "sampling": "example",
+                "rescale": True,
+                "alpha": 24.0,
+                "r": 12,
+                "lora_alpha": 24.0,
+            },
             "adapter": "outputs/pocket-example",
             "limit": None,
             "prompt": "training",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from report_results import history, proportion, synthetic_results, write_results
+from rich.console import Console
 from scipy.stats import norm
 
 from eval import scores
 from eval.overfitting import Evaluation, loss_sentences
 from eval.report import duration, write_report
+from eval.score_table import score_table
 from pipeline.errors import UserError
 
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
@@ -116,6 +119,34 @@ def test_settings_cost_and_provenance(written) -> None:
             "Training took 4 min 02 s.",
         ):
             assert expected in text
+
+
+def test_rank_and_alpha_are_the_adapters_own(written) -> None:
+    results = synthetic_results()
+    settings, adapter = results["lora_dropout"]["adapter_settings"], results["lora_dropout"]["recipe"]["adapter"]
+    assert settings["r"] != adapter["rank"] and settings["alpha"] != adapter["alpha"]
+    assert "| Rank, alpha | 12, 24 |" in written(results)[1]
+    settings |= {"rescale": False, "lora_alpha": 6.0}
+    assert "| Rank, alpha | 12, 24 (6 in adapter_config.json) |" in written(results)[1]
+
+
+def test_scores_on_the_terminal() -> None:
+    results = synthetic_results()
+    systems = results["lora_dropout"]["systems"]
+    for system in systems.values():
+        system["results"]["wikitext"] = {"word_perplexity,none": 12.3456}
+    results["higher_is_better"]["wikitext"] = {"word_perplexity": False}
+    del systems["deterministic"]["results"]["pocket_reverse"]
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(score_table(results))
+    shown = plain(console.export_text())
+    assert "task metric n base deterministic ensemble" in shown
+    assert "pocket_sentiment accuracy, % ↑ 1000 33.1 ± 1.5 69.9 ± 1.5 71.2 ± 1.4 pocket_capitals" in shown
+    assert "pocket_reverse exact match (strict), % ↑ 150 0.0 47.3 ± 4.1 wikitext" in shown
+    assert "wikitext word perplexity ↓ 12.35 12.35 12.35 ±" in shown
+    del systems["base"], systems["ensemble"]
+    console.print(score_table(results))
+    assert "base" not in console.export_text()
 
 
 def test_page_is_well_formed_and_loads_nothing(written) -> None:

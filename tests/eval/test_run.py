@@ -12,11 +12,14 @@ import pytest
 import torch
 from lm_eval.api.metrics import mean_stderr
 from peft import get_peft_model_state_dict
+from report_results import synthetic_results
 
 from eval import run
+from eval.results import SystemScores, write_folder
 from eval.run import check_base, evaluate, memory_advice, systems_of
 from pipeline.adapter import AdapterSettings, read_settings, save_adapter
 from pipeline.errors import UserError
+from pipeline.recipe import recipe_to_yaml
 from pipeline.recipe.schema import Adapter, Base, Data, Dropout, Ensemble, Eval, Recipe, Source
 
 
@@ -51,6 +54,10 @@ def recipe(pocket_base: Path, task_folder: Path) -> Recipe:
     )
 
 
+def plain(text: str) -> str:
+    return " ".join(text.replace("\N{NO-BREAK SPACE}", " ").split())
+
+
 def with_eval(recipe: Recipe, **changes: Any) -> Recipe:
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update=changes)})
 
@@ -61,7 +68,7 @@ def test_one_evaluation_leaves_everything(recipe: Recipe, adapter_folder: Path, 
     assert (tmp_path / "tiny" / "latest").resolve() == folder.resolve()
     assert {file.name for file in (tmp_path / "tiny").iterdir()} == {folder.name, "latest"}, "no partial folder is left"
     assert {"report.md", "report.html"} <= {file.name for file in folder.iterdir()}
-    said = capsys.readouterr().out
+    said = plain(capsys.readouterr().out)
     assert "Evaluating the base without adapter (1 of 3)" in said
     assert "the ensemble of 3 masked adapters, average of logits (3 of 3)" in said
 
@@ -72,7 +79,14 @@ def test_one_evaluation_leaves_everything(recipe: Recipe, adapter_folder: Path, 
     assert results["results"] == ours["systems"]["ensemble"]["results"], "lm-eval's part is the last system's"
     assert ours["ensemble"] == {"instances": 3, "average": "logits", "seed": 7}
     assert ours["history"][0]["loss"] == 2.5 and ours["provenance"]["training"] == {"seed": 7}
+    assert ours["adapter_settings"]["r"] == 4 and ours["adapter_settings"]["lora_alpha"] == 8.0
     assert ours["provenance"]["evaluation"]["versions"]["lm-eval"]
+    shown = [
+        f"{100 * scores['acc,none']:.1f} ± {100 * scores['acc_stderr,none']:.1f}"
+        for scores in (system["results"]["tiny_choice"] for system in ours["systems"].values())
+    ]
+    assert f"tiny_choice accuracy, % ↑ 11 {' '.join(shown)} tiny_words" in said, "the scores are on the screen"
+    assert said.index("tiny_choice accuracy") < said.index("results and report written to")
     assert all(system["seconds"] > 0 for system in ours["systems"].values())
     assert {system["requests"] for system in ours["systems"].values()} == {3 * 11 + 11 + 11}
 
@@ -154,6 +168,77 @@ def test_an_adapter_of_another_base_is_refused(recipe: Recipe, adapter_folder: P
         evaluate(recipe, other, tmp_path)
     file.write_text(json.dumps({**config, "base_model_name_or_path": "/elsewhere/base"}))
     check_base(recipe.base, other)  # moved, same name
+
+
+@pytest.mark.parametrize(
+    ("trained", "evaluated", "was", "found"),
+    [
+        ({"quantization": "none"}, {"quantization": "nf4"}, "base.quantization=none", "base.quantization=nf4"),
+        (
+            {"double_quantization": False},
+            {"double_quantization": True},
+            "base.double_quantization=false",
+            "base.double_quantization=true",
+        ),
+        (
+            {"double_quantization": False, "dtype": "float32"},
+            {"quantization": "int8"},
+            "base.quantization=nf4 base.dtype=float32 base.double_quantization=false",
+            "base.quantization=int8 base.dtype=bfloat16 base.double_quantization=true",
+        ),
+        ({"dtype": "bfloat16"}, {"dtype": "float32"}, "base.dtype=bfloat16", "base.dtype=float32"),
+    ],
+)
+def test_another_storage_of_the_base_is_refused(
+    recipe: Recipe, adapter_folder: Path, tmp_path: Path, trained: dict, evaluated: dict, was: str, found: str
+) -> None:
+    folder = shutil.copytree(adapter_folder, tmp_path / "adapter")
+    trained_base, other = (Base(model=recipe.base.model, **changes) for changes in (trained, evaluated))
+    (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe.model_copy(update={"base": trained_base})))
+    with pytest.raises(UserError) as error:
+        check_base(other, folder)
+    assert f"{folder}: trained on {was}, but this recipe has {found}:" in str(error.value)
+    assert str(error.value).endswith(f"Evaluate with {was}")
+    check_base(trained_base, folder)
+    (folder / "recipe.yaml").unlink()
+    check_base(other, folder)  # how it was trained is not known
+
+
+def test_double_quantization_counts_for_nf4_only(recipe: Recipe, adapter_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapter_folder, tmp_path / "adapter")
+    base = recipe.base.model_copy(update={"double_quantization": False})
+    (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe.model_copy(update={"base": base})))
+    check_base(recipe.base, folder)
+
+
+class NoText:
+    """An object that does not tell what it is."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text for this")
+
+
+@pytest.mark.parametrize("broken", ["samples", "results", "report"])
+def test_a_results_folder_appears_whole_or_not_at_all(tmp_path: Path, broken: str) -> None:
+    results = synthetic_results()
+    scores = SystemScores(results["results"], {"task": [{"doc_id": 0}]}, 1, 1.0, None)
+    first = write_folder(results, {"ensemble": scores}, tmp_path, "2030-01-02T03:04:05+00:00")
+    assert {file.name for file in first.iterdir()} == {
+        "results.json",
+        "report.md",
+        "report.html",
+        "samples_ensemble_task.jsonl",
+    }
+    if broken == "samples":
+        scores.samples["task"][0]["target"] = NoText()
+    elif broken == "results":
+        results["config"] = NoText()
+    else:
+        results["lora_dropout"]["recipe"] = {"name": "of another version"}
+    with pytest.raises((ValueError, UserError), match=r"no text for this|this version reads other recipes"):
+        write_folder(results, {"ensemble": scores}, tmp_path, "2030-01-02T03:04:06+00:00")
+    assert {file.name for file in tmp_path.iterdir()} == {first.name, "latest"}, "nothing is left of the second"
+    assert (tmp_path / "latest").resolve() == first.resolve()
 
 
 def test_an_untrained_adapter_is_refused(recipe: Recipe, adapted: Any, adapter_folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from lm_eval.api.group import Group
 
-from eval.tasks import check_tasks, leaf_tasks, load_tasks, training_prompt
+from eval.prompt import TrainingPrompt
+from eval.tasks import check_tasks, leaf_tasks, load_tasks
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Base, Data, Eval, Recipe, Source
 
@@ -121,14 +122,14 @@ def test_checking_before_training(task_folder: Path) -> None:
     check_tasks(recipe(Eval(tasks=[])))
     section = Eval(tasks=["tiny_choice"], task_folders=[str(task_folder)], prompt="training")
     check_tasks(recipe(section))
-    with pytest.raises(UserError, match=r"data.train.0.prompt: 'persona' is undefined"):
+    with pytest.raises(UserError, match=r"data.train.0.prompt: .*'persona' is undefined"):
         check_tasks(recipe(section, prompt="{{ persona }}: {{ instruction }}"))
 
 
 def test_the_training_prompt_fills_the_sources_own_columns() -> None:
     section = Eval(tasks=["t"])
-    alpaca = training_prompt(recipe(section))("Add 2 and 3.")
+    alpaca = TrainingPrompt(recipe(section)).render("Add 2 and 3.")
     assert "### Instruction:\nAdd 2 and 3.\n\n### Response:\n" in alpaca and "### Input" not in alpaca
-    assert training_prompt(recipe(section, format="prompt-completion"))("Add.\n") == "Add.\n"
+    assert TrainingPrompt(recipe(section, format="prompt-completion")).render("Add.\n") == "Add.\n"
     own = {"columns": {"instruction": "question"}, "prompt": "Q: {{ question }}\nA:"}
-    assert training_prompt(recipe(section, **own))("Add.") == "Q: Add.\nA:"
+    assert TrainingPrompt(recipe(section, **own)).render("Add.") == "Q: Add.\nA:"
