@@ -41,7 +41,8 @@ def deepspeed_config(recipe: Recipe) -> dict[str, object] | None:
     if not launched():
         return None
     stage, offload = recipe.distributed.zero, recipe.distributed.offload
-    zero: dict[str, object] = {"stage": stage}
+    # DeepSpeed's buckets of 5e8 elements are for whole models: 1 GB of buffer for a 40-million-parameter adapter
+    zero: dict[str, object] = {"stage": stage, "reduce_bucket_size": 50_000_000}
     if stage == 3 and recipe.base.quantization == "nf4":
         # DeepSpeed keeps up to 1e9 gathered *elements*; a 4-bit weight is a quarter of one, so its default is most of a
         # 7B base. This is the same share of it as of a 16-bit model.
