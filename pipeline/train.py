@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import set_seed
-from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_callback import ProgressCallback
 
 from pipeline.adapter import check_target_modules, save_adapter, settings_of
@@ -165,8 +164,7 @@ def out_of_memory_advice(recipe: Recipe) -> str:
 
 
 def _release_memory() -> None:
-    """Give memory back and forget ZeRO-3, so that the evaluation loads its own base: never score on the engine."""
-    unset_hf_deepspeed_config()
+    """Give the memory of model and engine back: the evaluation loads its own base, and never scores on the engine."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

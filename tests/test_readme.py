@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ports import free_port
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 SCRIPTS = Path(sys.executable).parent
@@ -70,7 +71,7 @@ def test_the_commands_run(tmp_path: Path, repository: Path, pocket_base: Path) -
         if not command.startswith(("python launch", "deepspeed")) or small.startswith("as the command"):
             continue
         command = command.replace("outputs/pocket", str(tmp_path / "readme"))
-        command = command.replace("deepspeed ", "deepspeed --num_gpus 2 --master_port 29655 ")
+        command = command.replace("deepspeed ", f"deepspeed --num_gpus 2 --master_port {free_port()} ")
         program, *arguments = shlex.split(f"{command} {small.format(**values)}")
         done = subprocess.run(
             [str(SCRIPTS / program), *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
+from ports import free_port
 
 from pipeline.adapter import lora_config, save_adapter, settings_of
 from pipeline.base import load_base
@@ -74,7 +75,7 @@ def run(repository: Path, work: Path, *arguments: str, ranks: int | None = None)
         command = [sys.executable, script]
     else:
         launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--num_gpus", str(ranks), "--master_port", "29617", script]
+        command = [str(launcher), "--num_gpus", str(ranks), "--master_port", free_port(), script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": _path()}
     return subprocess.run(
         [*command, str(work / "recipes" / "r.yaml"), *arguments],

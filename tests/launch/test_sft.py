@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from safetensors.torch import load_file
 
 SCRIPTS = Path(sys.executable).parent
@@ -55,7 +56,7 @@ def environment() -> dict[str, str]:
 
 LAUNCHERS = {
     "python": [sys.executable],
-    "deepspeed": [str(SCRIPTS / "deepspeed"), "--num_gpus", "2", "--master_port", "29641"],
+    "deepspeed": [str(SCRIPTS / "deepspeed"), "--num_gpus", "2", "--master_port", free_port()],
     "torchrun": [str(SCRIPTS / "torchrun"), "--standalone", "--nproc_per_node", "2"],
     "accelerate": [str(SCRIPTS / "accelerate"), "launch", "--cpu", "--num_processes", "1"],
 }
