@@ -45,14 +45,15 @@ def _text(recipe: Recipe, record: dict[str, Any], history: list[dict[str, Any]])
         else "No validation loss was measured, so nothing is known about its generalisation."
     )
     rows = ", ".join(f"{entry['rows']} {entry['split']} rows" for entry in record["data"])
+    engine = record["engine"] + (f", {record['processes']} processes" if record["processes"] > 1 else "")
+    base = Path(recipe.base.model).name if Path(recipe.base.model).exists() else recipe.base.model
     return f"""# {recipe.name}
 
-A LoRA adapter for `{Path(recipe.base.model).name if Path(recipe.base.model).exists() else recipe.base.model}`
-({recipe.base.quantization} base, {recipe.base.dtype}), rank {adapter.rank}, alpha {adapter.alpha:g},
-trained with {method}.
+A LoRA adapter for `{base}` ({recipe.base.quantization}, {recipe.base.dtype}), rank {adapter.rank}, alpha
+{adapter.alpha:g}, trained with {method}.
 
 {losses}
-Data: {rows}. Seed {recipe.seed}. {record["engine"]}, {record["processes"]} process(es).
+Data: {rows}. Seed {recipe.seed}. Trained under: {engine}.
 
 The files are a plain peft adapter: `PeftModel.from_pretrained(base, "<this folder>")`. `lora_dropout.json` holds the
 mask settings, from which the test-time ensemble is made.
