@@ -159,3 +159,14 @@ def test_a_model_without_weights_is_said_without_a_traceback(small_base: Path, t
     (tmp_path / "config.json").write_text((small_base / "config.json").read_text())
     with pytest.raises(UserError, match=r"base.model: .* cannot be loaded"):
         load_base(schema.Base(model=str(tmp_path), quantization="none"))
+
+
+def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    with pytest.raises(
+        UserError, match=r"base.dtype: bfloat16 is not supported by Tesla V100.\nSet base.dtype=float16"
+    ):
+        check_device(schema.Base(model="any"))
+    check_device(schema.Base(model="any", dtype="float16"))
