@@ -12,7 +12,8 @@ from accelerate import PartialState
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from pipeline.adapter import check_target_modules, save_adapter, settings_of
+from pipeline.adapter import check_target_modules
+from pipeline.adapter_files import save_adapter, settings_of
 from pipeline.arguments import check_reporters, sft_config
 from pipeline.base import check_device, check_length, load_base, load_config, load_tokenizer
 from pipeline.data import Splits, load_splits
@@ -147,7 +148,7 @@ def out_of_memory_advice(recipe: Recipe) -> str:
     """What to change, what costs least first."""
     dropout = recipe.adapter.dropout
     advice = []
-    if dropout.rate > 0 and dropout.instances > 1 and dropout.execution == "batched":
+    if dropout.rate > 0 and dropout.instances > 1 and dropout.execution != "sequential":
         advice.append("adapter.dropout.execution=sequential (1/N of the activations, same loss, slower)")
     advice.append("training.per_device_train_batch_size lower, training.gradient_accumulation_steps higher by as much")
     if not resolved_training(recipe)["activation_checkpointing"]:

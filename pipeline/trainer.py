@@ -119,7 +119,7 @@ class LoraDropoutTrainer(SFTTrainer):
         if self.dropout is None:
             return super().training_step(model, inputs, num_items_in_batch)
         counted = self._total_train_tokens
-        if self.settings.execution == "batched":
+        if self.settings.execution != "sequential":
             with self.dropout.masks(PURPOSE, self._coordinates(rows)):
                 loss = super().training_step(
                     model, copied_rows(inputs, self.copies), _multiplied(num_items_in_batch, self.copies)

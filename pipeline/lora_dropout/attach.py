@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from pipeline.lora_dropout.masks import feature_words, kept
-from pipeline.lora_dropout.variant import LayerMasks, LoraDropoutVariant
-
-SUPPORTED_LAYERS = (Linear, Linear4bit, Linear8bitLt)
+from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer
+from pipeline.lora_dropout.linear import MaskedLinear
+from pipeline.lora_dropout.masks import Coordinate, feature_words, kept, packed, padded, threshold
+from pipeline.lora_dropout.rates import Rates
 
 _PEFT_PREFIX = "base_model.model."
+
+
+def _masked_kinds() -> dict[type, type[MaskedLayer]]:
+    """How each of peft's layer types is masked. bitsandbytes' exist only where it is installed."""
+    kinds: dict[type, type[MaskedLayer]] = {Linear: MaskedLinear}
+    if is_bnb_available():
+        from peft.tuners.lora.bnb import Linear8bitLt
+
+        kinds[Linear8bitLt] = MaskedLinear
+    if is_bnb_4bit_available():
+        from peft.tuners.lora.bnb import Linear4bit
+
+        kinds[Linear4bit] = MaskedLinear
+    return kinds
+
+
+MASKED_KINDS = _masked_kinds()
 
 
 def canonical_name(name: str) -> str:
@@ -24,7 +42,7 @@ def canonical_name(name: str) -> str:
     return name.rpartition(_PEFT_PREFIX)[2]
 
 
-def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+def masked_layers(model: nn.Module, adapter_name: str) -> dict[str, MaskedLayer]:
     """The layers that hold the adapter, by canonical name, sorted so that ranks agree.
 
     Raises:
@@ -38,19 +56,21 @@ def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     }
     if not layers:
         raise ValueError(f"no layer holds a LoRA adapter named {adapter_name!r}")
-    for name, layer in layers.items():
-        if not isinstance(layer, SUPPORTED_LAYERS):
-            raise ValueError(f"LoRA Dropout has no masks for {type(layer).__name__} ({name})")
-        if adapter_name in layer.lora_variant:
-            variant = type(layer.lora_variant[adapter_name]).__name__
-            raise ValueError(f"{name} already has the LoRA variant {variant}; LoRA Dropout cannot be combined with it")
-    return dict(sorted(layers.items()))
+    return {name: _masked_layer(name, layer, adapter_name) for name, layer in sorted(layers.items())}
 
 
-def feature_counts(layer: LoraLayer) -> tuple[int, int]:
-    """Input and output features of the frozen layer; its weight's shape would be that of a shard under ZeRO-3."""
-    assert layer.in_features is not None and layer.out_features is not None
-    return layer.in_features, layer.out_features
+def _masked_layer(name: str, layer: BaseTunerLayer, adapter_name: str) -> MaskedLayer:
+    """The layer with its mask rule."""
+    if type(layer) not in MASKED_KINDS:
+        known = ", ".join(sorted(kind.__name__ for kind in MASKED_KINDS))
+        raise ValueError(
+            f"{name}: LoRA Dropout has no masks for {type(layer).__name__} (it has them for {known}); "
+            "leave this layer out of target_modules"
+        )
+    if isinstance(layer, LoraLayer) and adapter_name in layer.lora_variant:
+        variant = type(layer.lora_variant[adapter_name]).__name__
+        raise ValueError(f"{name} already has the LoRA variant {variant}; LoRA Dropout cannot be combined with it")
+    return MASKED_KINDS[type(layer)](name, layer, adapter_name)
 
 
 class LoraDropout:
@@ -69,7 +89,15 @@ class LoraDropout:
     :func:`folded_alpha`.
     """
 
-    def __init__(self, model: PeftModel, rate: float, seed: int, adapter_name: str = "default") -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        rate: float,
+        seed: int,
+        adapter_name: str = "default",
+        rate_pattern: Mapping[str, float] | None = None,
+        initial_rate: float | None = None,
+    ) -> None:
         """Find the layers; nothing changes yet.
 
         Args:
@@ -77,57 +105,133 @@ class LoraDropout:
             rate: p in [0, 1).
             seed: of the masks.
             adapter_name: peft's name of the adapter.
+            rate_pattern: other rates by module name: see :class:`Rates`.
+            initial_rate: rate at the start of training, where it changes: see :class:`Rates`.
 
         Raises:
-            ValueError: see :func:`lora_layers`, or a rate outside [0, 1).
+            ValueError: see :func:`masked_layers`; a rate outside [0, 1); a pattern that names no layer.
         """
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"the dropout rate is a probability below 1, found {rate}")
-        self.rate = rate
+        self.rates = Rates(rate, dict(rate_pattern or {}), initial_rate)
         self.seed = seed
         self.adapter_name = adapter_name
-        self.layers = lora_layers(model, adapter_name)
+        self.layers = masked_layers(model, adapter_name)
+        unused = self.rates.unused(self.layers)
+        if unused:
+            raise ValueError(f"rate_pattern: {', '.join(unused)} names no layer of this adapter")
         self._words: torch.Tensor | None = None
+        self._active = False
+
+    @property
+    def rate(self) -> float:
+        """p, of every layer that no pattern names."""
+        return self.rates.rate
 
     @contextmanager
-    def masks(self, purpose: str, coordinates: Sequence[tuple[int, ...]]) -> Iterator[None]:
+    def masks(
+        self,
+        purpose: str,
+        coordinates: Sequence[Coordinate],
+        *,
+        rows: int | None = None,
+        lengths: Sequence[int] | None = None,
+        balanced: int | None = None,
+        progress: float = 1.0,
+    ) -> Iterator[None]:
         """Context in which the batch's rows see ``G = len(coordinates)`` masks.
 
         A batch of ``G*b`` rows is group-major: rows ``[g*b, (g+1)*b)`` are under mask g. The context must enclose
         forward, recomputation and backward.
 
+        Args:
+            purpose: separates streams, e.g. ``"train"``.
+            coordinates: G of them.
+            rows: of the batch, checked in every layer where given.
+            lengths: G numbers of tokens, where examples of different lengths lie in one row, one after another.
+            balanced: N, where the last coordinate counts 0 to N-1 and each feature is to be kept about (1-p) N times.
+            progress: share of the training that is done, for a rate that changes.
+
         Raises:
             RuntimeError: entered inside another one.
+            ValueError: several masks for a layer that can only have one.
         """
-        if any(self.adapter_name in layer.lora_variant for layer in self.layers.values()):
+        if self._active:
             raise RuntimeError("LoraDropout.masks() is already active on this adapter; leave it first")
-        for name, masks in self.layer_masks(purpose, coordinates).items():
-            self.layers[name].lora_variant[self.adapter_name] = LoraDropoutVariant(masks)
+        if len(coordinates) > 1:
+            self._check_groups(len(coordinates))
+        masks = self.layer_masks(purpose, coordinates, rows=rows, lengths=lengths, balanced=balanced, progress=progress)
+        self._active = True
         try:
+            for name, layer in self.layers.items():
+                layer.attach(masks[name])
             yield
         finally:
             for layer in self.layers.values():
-                layer.lora_variant.pop(self.adapter_name, None)
+                layer.detach()
+            self._active = False
 
-    def members(self, numbers: Iterable[int]) -> AbstractContextManager[None]:
-        """Masks of the ensemble members with these numbers (equation 8); rows are member-major."""
-        return self.masks("ensemble", [(number,) for number in numbers])
+    def members(self, numbers: Iterable[int], balanced: int | None = None) -> AbstractContextManager[None]:
+        """Masks of the ensemble members with these numbers (equation 8); rows are member-major.
 
-    def layer_masks(self, purpose: str, coordinates: Sequence[tuple[int, ...]]) -> dict[str, LayerMasks]:
-        """Masks of every layer at these coordinates, by canonical name."""
-        scale = (1.0 - self.rate) ** -2
-        bits = kept(self._feature_words(), self.seed, purpose, coordinates, self.rate)  # (G, F)
-        sizes = [size for layer in self.layers.values() for size in feature_counts(layer)]
-        parts = iter(bits.split(sizes, dim=1))
-        return {name: LayerMasks(next(parts), next(parts), scale) for name in self.layers}
+        Args:
+            numbers: of the members.
+            balanced: N, for members 0 to N-1 that keep each feature about (1-p) N times between them.
+        """
+        return self.masks("ensemble", [(number,) for number in numbers], balanced=balanced)
+
+    def layer_masks(
+        self,
+        purpose: str,
+        coordinates: Sequence[Coordinate],
+        *,
+        rows: int | None = None,
+        lengths: Sequence[int] | None = None,
+        balanced: int | None = None,
+        progress: float = 1.0,
+    ) -> dict[str, LayerMasks]:
+        """Masks of every layer at these coordinates, by canonical name; arguments as for :meth:`masks`."""
+        words = self._feature_words()
+        rates = [self.rates.of(name, progress) for name in self.layers]
+        sizes = [padded(features) for layer in self.layers.values() for features in layer.features()]
+        bits = packed(
+            kept(words, self.seed, purpose, coordinates, self._thresholds(rates, sizes, words.device), balanced)
+        )
+        parts = iter(bits.split([size // 8 for size in sizes], dim=1))
+        return {
+            name: LayerMasks(
+                name,
+                next(parts),
+                next(parts),
+                *layer.features(),
+                rate,
+                rows,
+                None if lengths is None else tuple(lengths),
+            )
+            for (name, layer), rate in zip(self.layers.items(), rates, strict=True)
+        }
+
+    def _check_groups(self, groups: int) -> None:
+        for name, layer in self.layers.items():
+            if layer.one_group:
+                raise ValueError(
+                    f"{name}: its weight is one tensor for all rows of a batch, so {groups} masks cannot run at once; "
+                    "use instance masks, one after another (execution: sequential)"
+                )
+
+    @staticmethod
+    def _thresholds(rates: list[float], sizes: list[int], device: torch.device) -> torch.Tensor | int:
+        """One for all layers where they have one rate, else ``(F,)`` int32."""
+        if len(set(rates)) == 1:
+            return threshold(rates[0])
+        each = torch.tensor([threshold(rate) for rate in rates for _side in "AB"], dtype=torch.int32)
+        return each.repeat_interleave(torch.tensor(sizes)).to(device)
 
     def _feature_words(self) -> torch.Tensor:
-        """``(F,)`` int64, A then B of every layer: all masks of a step come from one hash of this vector."""
-        device = next(iter(self.layers.values())).lora_A[self.adapter_name].get_parameter("weight").device
+        """``(F/2,)`` int64, A then B of every layer: all masks of a step come from one hash of this vector."""
+        device = next(iter(self.layers.values())).device()
         if self._words is None or self._words.device != device:
             words = []
             for name, layer in self.layers.items():
-                features_in, features_out = feature_counts(layer)
+                features_in, features_out = layer.features()
                 words += [feature_words(name, "A", features_in, device), feature_words(name, "B", features_out, device)]
             self._words = torch.cat(words)
         return self._words

@@ -5,9 +5,11 @@ equations 1-3: ``m_A ~ Bern(1-p)^in``, ``m_B ~ Bern(1-p)^out``, ``A_hat = A diag
 
 A mask bit is a hash of (seed, purpose, coordinates, side, module name, feature index). Nothing is drawn from a
 global random stream, so recomputation under activation checkpointing, a resumed run, another number of ranks or
-another device sees the same bits. The arithmetic is on 64-bit integers only, hence equal on CPU and CUDA.
+another device sees the same bits. The arithmetic is on integers only, hence equal on CPU and CUDA. Masks are kept as
+bits and unpacked where a layer needs them.
 
-Shapes: G groups of rows (one mask each), F = sum over modules of (in + out) features.
+Shapes: G groups of rows (one mask each); F features, of one side of one layer or of all sides of all layers in a row,
+each side's padded to a multiple of 8, so that a side is a whole number of bytes.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from typing import Literal
 import torch
 
 Side = Literal["A", "B"]
-
-_LOW_32_BITS = 0xFFFFFFFF
+Coordinate = tuple[int, ...]
 
 _MOST_WORDS = 2**24
-"""Words hashed at once, 128 MiB for each intermediate: a 7B model has 2.5 million features per group."""
+"""Words hashed at once, 128 MiB for each intermediate: a 7B model has 1.3 million words per group."""
+
+_HALF_RANGE = 2**31
 
 
 def _signed(word: int) -> int:
@@ -44,53 +47,117 @@ def hashed_word(*parts: object) -> int:
     return _signed(int.from_bytes(digest, "little"))
 
 
-def _shifted_right(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift; torch's own shift of int64 is arithmetic."""
-    return (words >> bits) & ((1 << (64 - bits)) - 1)
+def _mix(words: torch.Tensor) -> torch.Tensor:
+    """The splitmix64 finaliser, a bijection of 64-bit words, in place: a step hashes millions of them."""
+    for bits, multiplier in ((30, _MULTIPLIER_1), (27, _MULTIPLIER_2), (31, 1)):
+        shifted = words >> bits
+        shifted &= (1 << (64 - bits)) - 1  # torch's own shift of int64 is arithmetic
+        words ^= shifted
+        words *= multiplier
+    return words
 
 
-def mixed(words: torch.Tensor) -> torch.Tensor:
-    """The splitmix64 finaliser, a bijection of 64-bit words. int64 in, int64 out, any shape."""
-    words = (words ^ _shifted_right(words, 30)) * _MULTIPLIER_1
-    words = (words ^ _shifted_right(words, 27)) * _MULTIPLIER_2
-    return words ^ _shifted_right(words, 31)
+def padded(features: int) -> int:
+    """Features of one side, rounded up to whole bytes of bits."""
+    return -(-features // 8) * 8
 
 
 def feature_words(module: str, side: Side, features: int, device: torch.device) -> torch.Tensor:
-    """One word for each feature of one side of one module: ``(features,)`` int64."""
-    index = torch.arange(features, dtype=torch.int64, device=device)
-    return mixed(index * _GOLDEN + hashed_word(module, side))
+    """Words of one side of one module: ``(padded(features) / 2,)`` int64. Each decides over two neighbours."""
+    index = torch.arange(padded(features) // 2, dtype=torch.int64, device=device)
+    return _mix(index * _GOLDEN + hashed_word(module, side))
 
 
-def coordinate_words(seed: int, purpose: str, coordinates: Sequence[tuple[int, ...]]) -> tuple[list[int], list[int]]:
-    """Two independent words for each of the G coordinates."""
-    first = [hashed_word(seed, purpose, tuple(c), 0) for c in coordinates]
-    second = [hashed_word(seed, purpose, tuple(c), 1) for c in coordinates]
-    return first, second
+def _decisions(words: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
+    """One uniform number for each of K keys and each feature: ``(K, F)`` int32, from ``(F/2,)`` int64.
+
+    A word's two halves are independent, so that one hash serves two features.
+    """
+    key_words = torch.tensor(keys, dtype=torch.int64, device=words.device)[:, None]
+    return _mix(words[None, :] ^ key_words).view(torch.int32)
+
+
+def coordinate_key(seed: int, purpose: str, coordinate: Coordinate) -> int:
+    """The word that stands for one mask."""
+    return hashed_word(seed, purpose, tuple(coordinate))
+
+
+def threshold(rate: float) -> int:
+    """Largest int32 that means *kept*: of 2**32 equally likely numbers, (1-p) 2**32 are at most that."""
+    return round((1.0 - rate) * 2**32) - 1 - _HALF_RANGE
 
 
 def kept(
-    words: torch.Tensor, seed: int, purpose: str, coordinates: Sequence[tuple[int, ...]], rate: float
+    words: torch.Tensor,
+    seed: int,
+    purpose: str,
+    coordinates: Sequence[Coordinate],
+    thresholds: torch.Tensor | int,
+    balanced: int | None = None,
 ) -> torch.Tensor:
     """Which features are kept, for each of the G coordinates.
 
     Args:
-        words: ``(F,)`` int64 from :func:`feature_words`.
+        words: ``(F/2,)`` int64 from :func:`feature_words`.
         seed: the recipe's seed.
         purpose: what the masks are for, e.g. ``"train"`` or ``"ensemble"``; separates their streams.
         coordinates: G tuples of integers.
-        rate: p, the probability of dropping, in [0, 1).
+        thresholds: from :func:`threshold`, one for all or ``(F,)`` int32.
+        balanced: N, to balance each feature over N masks whose coordinates differ in their last number, 0 to N-1:
+            see :func:`_balanced`. Masks of such a set may be asked for one at a time.
 
     Returns:
         ``(G, F)`` bool, True with probability 1-p (to 2**-32).
+
+    Raises:
+        ValueError: balanced, and a coordinate's last number is not below N.
     """
-    first, second = coordinate_words(seed, purpose, coordinates)
-    first_words = torch.tensor(first, dtype=torch.int64, device=words.device)[:, None]
-    second_words = torch.tensor(second, dtype=torch.int64, device=words.device)[:, None]
-    threshold = round((1.0 - rate) * 2**32)
-    groups = max(1, _MOST_WORDS // len(words))
-    parts = [
-        (mixed(mixed(words[None, :] ^ one) + other) >> 32) & _LOW_32_BITS < threshold
-        for one, other in zip(first_words.split(groups), second_words.split(groups), strict=True)
-    ]
-    return torch.cat(parts)
+    if balanced is not None:
+        return _balanced(words, seed, purpose, coordinates, thresholds, balanced)
+    keys = [coordinate_key(seed, purpose, coordinate) for coordinate in coordinates]
+    groups = max(1, _MOST_WORDS // max(1, len(words)))
+    parts = [_decisions(words, keys[at : at + groups]) <= thresholds for at in range(0, len(keys), groups)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _balanced(
+    words: torch.Tensor,
+    seed: int,
+    purpose: str,
+    coordinates: Sequence[Coordinate],
+    thresholds: torch.Tensor | int,
+    instances: int,
+) -> torch.Tensor:
+    """Every feature kept in K = floor((1-p) N + u) of N masks, u uniform, in K random ones of them: ``(G, F)`` bool.
+
+    Each mask by itself is exactly Bernoulli(1-p), since the mean of K is (1-p) N; features, sides and modules are
+    independent. N = 1 gives the bits of plain masks.
+    """
+    if any(not 0 <= coordinate[-1] < instances for coordinate in coordinates):
+        raise ValueError(f"balanced over {instances} masks: their last coordinates are 0 to {instances - 1}")
+    below = torch.as_tensor(thresholds, dtype=torch.int64, device=words.device) + 1 + _HALF_RANGE  # (1-p) 2**32
+    whole, fraction = (below * instances) >> 32, (below * instances) & 0xFFFFFFFF
+    result = torch.empty(len(coordinates), 2 * len(words), dtype=torch.bool, device=words.device)
+    for prefix in dict.fromkeys(coordinate[:-1] for coordinate in coordinates):
+        uniform = _decisions(words, [coordinate_key(seed, purpose, (*prefix, 0))])[0].long() + _HALF_RANGE
+        count = whole + (uniform < fraction)  # (F,): K
+        slots = [coordinate_key(seed, f"{purpose}, slots of {instances}", (*prefix, n)) for n in range(instances)]
+        places = _decisions(words, slots).argsort(dim=0, stable=True).argsort(dim=0)  # (N, F): a random permutation
+        chosen = places < count
+        for group, coordinate in enumerate(coordinates):
+            if coordinate[:-1] == prefix:
+                result[group] = chosen[coordinate[-1]]
+    return result
+
+
+def packed(bits: torch.Tensor) -> torch.Tensor:
+    """``(..., F)`` bool as ``(..., F/8)`` uint8, F a multiple of 8; feature 8k+i is bit i of byte k."""
+    eight = bits.contiguous().view(torch.int64)  # a bool is a byte of 0 or 1: eight of them in a word
+    gathered = (eight * 0x0102040810204080) >> 56  # the product's top byte collects the eight lowest bits
+    return gathered.to(torch.uint8)
+
+
+def unpacked(packed_bits: torch.Tensor, features: int) -> torch.Tensor:
+    """``(..., features)`` bool from ``(..., padded(features)/8)`` uint8."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed_bits.device)
+    return ((packed_bits[..., None] >> places) & 1).flatten(-2)[..., :features].bool()

@@ -81,35 +81,60 @@ class Dropout(Section):
     """Mask instances N over which each example's loss is averaged (equation 7). Cost grows with N."""
     sampling: Literal["instance", "example"] = "example"
     """`instance`: N masks shared by the micro-batch, as in the paper. `example`: every example draws its own."""
-    execution: Literal["batched", "sequential"] = "batched"
-    """The N copies as one batch of N x rows, or one after another with 1/N of the activation memory."""
+    execution: Literal["auto", "batched", "sequential"] = "auto"
+    """The N copies as one batch of N x rows, or one after another in 1/N of its activation memory; `auto` picks."""
     rescale: bool = True
     """Scale each kept feature by 1/(1-p), so that the mean adapter is BA. `false` is equation 2 verbatim."""
+    balanced: bool = False
+    """Keep each feature in about (1-p) N of the N instances: less noise between them, each one as random as before."""
+    rate_pattern: dict[str, Annotated[float, Field(ge=0.0, lt=1.0)]] = {}
+    """Other rates by module name: its end, or a regular expression, as in peft's `rank_pattern`."""
+    initial_rate: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Rate at the first step; it moves linearly to `rate` (or the pattern's) at the last. The ensemble has the last."""
 
     @model_validator(mode="after")
     def _instances_differ(self) -> Dropout:
-        if self.rate == 0 and self.instances > 1:
-            raise Contradiction(
+        problems: list[tuple[tuple[str, ...], str]] = []
+        if not self.masked and self.instances > 1:
+            problems.append(
                 (
                     ("rate", "instances"),
                     f"at rate 0 all {self.instances} instances are the same model, at {self.instances} times the cost: "
                     "set adapter.dropout.instances to 1",
                 )
             )
+        if self.initial_rate is not None and not self.rescale:
+            problems.append(
+                (
+                    ("initial_rate", "rescale"),
+                    "a rate that changes needs rescale: true, since without it the mean adapter would change with it",
+                )
+            )
+        if problems:
+            raise Contradiction(*problems)
         return self
+
+    @property
+    def masked(self) -> bool:
+        """Whether any layer is ever masked."""
+        return max(self.rate, self.initial_rate or 0.0, *self.rate_pattern.values(), 0.0) > 0
 
 
 class Adapter(Section):
     """The peft adapter."""
 
-    method: Literal["lora"] = "lora"
-    """Adapter family."""
+    method: Literal["lora", "adalora"] = "lora"
+    """`lora`, or `adalora`, whose training shares a budget of ranks out over the layers."""
     rank: int = Field(default=16, ge=1)
     """Rank r of B @ A."""
     alpha: float = Field(default=32.0, gt=0)
     """The adapter's output is multiplied by alpha / rank."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Every linear layer but the output head, or a list of module names as in peft."""
+    target_parameters: list[str] = []
+    """Fused or expert weights that are no modules of their own, as in peft, e.g. `mlp.experts.gate_up_proj`."""
+    rank_stabilized: bool = False
+    """rsLoRA: the adapter's output is multiplied by alpha / sqrt(rank)."""
     input_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """peft's own `lora_dropout` on the adapter's input, fresh per token: a baseline, not LoRA Dropout."""
     dropout: Dropout = Dropout()
@@ -213,6 +238,8 @@ class Ensemble(Section):
     """Members N. 1 is a single masked model."""
     average: Literal["logits", "probabilities"] = "logits"
     """What is averaged over the members at every token."""
+    balanced: bool = False
+    """Members keep each feature about (1-p) N times between them: better with few members, which belong together."""
     rows_per_pass: int | None = Field(default=None, ge=1)
     """Most rows (members x requests) in one forward pass, where memory is short; same results."""
 

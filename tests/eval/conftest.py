@@ -47,7 +47,7 @@ def adapted(pocket_base: Path) -> Adapted:
         if number not in members:
             member = copy.deepcopy(plain)
             for name, masks in dropout.layer_masks("ensemble", [(number,)]).items():
-                layer = dropout.layers[name]
+                layer = dropout.layers[name].layer
                 a = layer.lora_A["default"].weight * masks.kept_in[0] / (1 - RATE)
                 b = layer.lora_B["default"].weight * masks.kept_out[0][:, None] / (1 - RATE)
                 member.get_submodule(name).weight.data += ALPHA / RANK * (b @ a)

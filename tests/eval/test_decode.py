@@ -158,7 +158,7 @@ def test_masks_are_off_after_decoding_and_after_an_error(adapted: Any) -> None:
     generate(adapted, EnsembleDecoder(adapted.dropout, Ensemble(instances=2)), PROMPTS[:1])
     with pytest.raises(UserError):
         generate(adapted, EnsembleDecoder(adapted.dropout, Ensemble(instances=2)), PROMPTS[:1], num_beams=2)
-    assert all(not layer.lora_variant for layer in adapted.dropout.layers.values())
+    assert all(not layer.layer.lora_variant for layer in adapted.dropout.layers.values())
 
 
 @given(

@@ -74,7 +74,8 @@ def reference(
     model: PeftModel, dropout: LoraDropout, coordinates: list[tuple[int, ...]], x: torch.Tensor, upstream: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Equation 2, row by row, with explicit dense matrices, in float64; gradients by autograd on it."""
-    (name, layer), *_ = dropout.layers.items()
+    (name, masked), *_ = dropout.layers.items()
+    layer = masked.layer
     masks = dropout.layer_masks("train", coordinates)[name]
     a = layer.lora_A["default"].weight.detach().double().requires_grad_()
     b = layer.lora_B["default"].weight.detach().double().requires_grad_()
@@ -334,7 +335,7 @@ def test_contract_with_peft(kind: str) -> None:
     target = model.base_model.model.layer
     assert type(target).__name__ == kind
     assert target.lora_variant == {} and type(target.lora_variant) is dict
-    assert type(LoraDropout(model, 0.5, seed=0).layers["layer"]) is type(target)
+    assert type(LoraDropout(model, 0.5, seed=0).layers["layer"].layer) is type(target)
     spy = Spy()
     target.lora_variant["default"] = spy
     x = torch.randn(3, 64)

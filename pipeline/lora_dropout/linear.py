@@ -1,0 +1,150 @@
+"""The masked forward pass of a linear LoRA layer, as a peft ``LoraVariant``.
+
+``h = W0 x + (alpha/rank) * B_hat A_hat x`` with ``A_hat = A diag(m_A)``, ``B_hat = diag(m_B) B`` (equation 2 of
+arXiv 2404.09610). The masks fold into A and B, never onto activations, so the pass allocates nothing of the size
+of ``x`` that plain LoRA does not. Differs from *fresh noise per token* on the activations, the usual mis-port.
+
+Legend: G groups (masks), S tokens of one group, r rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch.nn import functional as F
+
+from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a matrix product of ``x`` is computed in: autocast's dtype, where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def masked_weights(
+    weight_a: torch.Tensor, weight_b: torch.Tensor, masks: LayerMasks, scaling: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A_hat`` ``(G, r, in)``, and ``B_hat`` ``(G, out, r)`` times all factors, in the dtype.
+
+    On B the factors cost nothing; peft multiplies the output, which is larger. They are one Python float: a factor of
+    1 / (1-p) held in bfloat16 would be off by up to 0.2 %, in one direction. Cast first, masked after: the G copies are
+    made in the dtype that computes.
+    """
+    scaled_b = (weight_b * (scaling * masks.scale)).to(dtype)
+    return weight_a.to(dtype)[None] * masks.kept_in[:, None, :], scaled_b[None] * masks.kept_out[:, :, None]
+
+
+def ragged_product(tokens: torch.Tensor, weights: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+    """Consecutive runs of tokens, each times its own matrix.
+
+    Args:
+        tokens: ``(sum of lengths, in)``.
+        weights: ``(G, in, out)``.
+        lengths: G of them.
+
+    Returns:
+        ``(sum of lengths, out)``.
+    """
+    # one kernel for all runs, where its rule is met: rows of a multiple of 16 bytes
+    if all(size * tokens.element_size() % 16 == 0 for size in weights.shape[1:]):
+        ends = torch.tensor(lengths, device=tokens.device).cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(tokens, weights, offs=ends)
+    runs = zip(tokens.split(lengths), weights, strict=True)
+    return torch.cat([run @ weight for run, weight in runs])
+
+
+def updated(
+    result: torch.Tensor,
+    x: torch.Tensor,
+    masked_a: torch.Tensor,
+    masked_b: torch.Tensor,
+    lengths: tuple[int, ...] | None = None,
+) -> torch.Tensor:
+    """``result + B_hat A_hat x``, group by group.
+
+    The sum is part of the last product where the dtypes allow, which saves an activation-sized tensor and a pass over
+    it against ``result + output * scaling``.
+
+    Args:
+        result: ``(..., out)``, tokens in the order of ``x``.
+        x: ``(..., in)``, group-major: its flattened tokens are G runs, of equal or the given lengths.
+        masked_a: ``(G, r, in)``.
+        masked_b: ``(G, out, r)``.
+        lengths: tokens of each group; None, all the same.
+
+    Returns:
+        Shape and dtype of ``result``.
+    """
+    groups, out_features = masked_b.shape[:2]
+    tokens = x.to(masked_a.dtype).reshape(-1, x.shape[-1])
+    base = result.reshape(-1, out_features)
+    if lengths is not None:
+        output = ragged_product(ragged_product(tokens, masked_a.mT, lengths), masked_b.mT, lengths)
+        return (base + output).reshape(result.shape).to(result.dtype)
+    if groups == 1:
+        hidden = tokens @ masked_a[0].mT
+        if base.dtype == hidden.dtype:
+            return torch.addmm(base, hidden, masked_b[0].mT).reshape(result.shape)
+        return (base + hidden @ masked_b[0].mT).reshape(result.shape).to(result.dtype)
+    hidden = torch.bmm(tokens.view(groups, -1, tokens.shape[-1]), masked_a.mT)  # (G, S, r)
+    grouped = base.view(groups, -1, out_features)
+    if base.dtype == hidden.dtype:
+        return torch.baddbmm(grouped, hidden, masked_b.mT).reshape(result.shape)
+    return (grouped + torch.bmm(hidden, masked_b.mT)).reshape(result.shape).to(result.dtype)
+
+
+class MaskedLinearVariant(LoraVariant):
+    """Attached to a layer only while masks are active; detached, peft's stock code runs."""
+
+    def __init__(self, masks: LayerMasks) -> None:
+        self.masks = masks
+
+    def forward(  # type: ignore[override]  # peft declares a static method and calls it on the instance
+        self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: object
+    ) -> torch.Tensor:
+        """``result`` plus the scaled masked update; called by the layer in place of its own LoRA lines.
+
+        Args:
+            x: ``(rows, ..., in)``, already in the adapter's dtype (or autocast decides).
+            result: ``(rows, ..., out)``, the frozen layer's output.
+        """
+        self.masks.check_rows(x)
+        weight_a = module.lora_A[active_adapter].get_parameter("weight")
+        weight_b = module.lora_B[active_adapter].get_parameter("weight")
+        masked_a, masked_b = masked_weights(
+            weight_a, weight_b, self.masks, module.scaling[active_adapter], compute_dtype(x)
+        )
+        tokens = x.numel() // x.shape[-1]
+        x = module.lora_dropout[active_adapter](x)  # the identity, unless peft's own dropout is asked for, too
+        return updated(result, x, masked_a, masked_b, self.masks.packed_lengths(tokens))
+
+
+class MaskedLinear(MaskedLayer):
+    """``Linear``, GPT-2's ``Conv1D``, ``Linear4bit`` and ``Linear8bitLt``: their A and B are linear layers alike."""
+
+    layer: LoraLayer
+
+    def features(self) -> tuple[int, int]:
+        """Input and output features, of the layer's own record: its weight may be a shard under ZeRO-3."""
+        assert self.layer.in_features is not None and self.layer.out_features is not None
+        return self.layer.in_features, self.layer.out_features
+
+    def device(self) -> torch.device:
+        """Of A."""
+        return self.layer.lora_A[self.adapter_name].get_parameter("weight").device
+
+    def attach(self, masks: LayerMasks) -> None:
+        """Put the masked pass in place of peft's."""
+        self.layer.lora_variant[self.adapter_name] = MaskedLinearVariant(masks)
+
+    def detach(self) -> None:
+        """peft's own lines run again."""
+        self.layer.lora_variant.pop(self.adapter_name, None)
+
+    def member_weights(self, masks: LayerMasks) -> dict[str, torch.Tensor]:
+        """A_hat and B_hat of the first group as a plain LoRA's weights, at unchanged alpha."""
+        weight_a = self.layer.lora_A[self.adapter_name].get_parameter("weight").detach()
+        weight_b = self.layer.lora_B[self.adapter_name].get_parameter("weight").detach()
+        masked_a, masked_b = masked_weights(weight_a, weight_b, masks, 1.0, torch.float32)
+        return {"lora_A": masked_a[0], "lora_B": masked_b[0]}
