@@ -52,7 +52,7 @@ def test_an_evaluation_leaves_nf4_gradients_alone(small_base: Path) -> None:
 
 
 def test_without_the_cure_it_does_not(tmp_path: Path) -> None:
-    """Shows why `pipeline.base._keep_training_kernel` exists; when this fails, delete it."""
+    """Shows why `pipeline.base.keep_training_kernel` exists; when this fails, delete it."""
     if not Linear4bit(64, 64).support_avx512bf16_for_cpu:
         pytest.skip("this CPU has no AVX512-BF16, so bitsandbytes does not repack")
     # multiples of 32 everywhere: others do not even pass its assertions
