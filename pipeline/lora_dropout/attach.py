@@ -8,29 +8,46 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from peft import PeftModel
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.adalora.layer import SVDConv2d, SVDLinear
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from pipeline.lora_dropout import refusals
+from pipeline.lora_dropout.convolution import MaskedConvolution
+from pipeline.lora_dropout.embedding import MaskedEmbedding
+from pipeline.lora_dropout.experts import MaskedExperts
 from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer
 from pipeline.lora_dropout.linear import MaskedLinear
 from pipeline.lora_dropout.masks import Coordinate, feature_words, kept, packed, padded, threshold
 from pipeline.lora_dropout.rates import Rates
+from pipeline.lora_dropout.svd import MaskedSVD, MaskedSVDConvolution
 
 _PEFT_PREFIX = "base_model.model."
 
 
 def _masked_kinds() -> dict[type, type[MaskedLayer]]:
     """How each of peft's layer types is masked. bitsandbytes' exist only where it is installed."""
-    kinds: dict[type, type[MaskedLayer]] = {Linear: MaskedLinear}
+    kinds: dict[type, type[MaskedLayer]] = {
+        Linear: MaskedLinear,
+        Embedding: MaskedEmbedding,
+        Conv1d: MaskedConvolution,
+        Conv2d: MaskedConvolution,
+        Conv3d: MaskedConvolution,
+        ParamWrapper: MaskedExperts,
+        SVDLinear: MaskedSVD,
+        SVDConv2d: MaskedSVDConvolution,
+    }
     if is_bnb_available():
+        from peft.tuners.adalora.bnb import SVDLinear8bitLt
         from peft.tuners.lora.bnb import Linear8bitLt
 
-        kinds[Linear8bitLt] = MaskedLinear
+        kinds |= {Linear8bitLt: MaskedLinear, SVDLinear8bitLt: MaskedSVD}
     if is_bnb_4bit_available():
+        from peft.tuners.adalora.bnb import SVDLinear4bit
         from peft.tuners.lora.bnb import Linear4bit
 
-        kinds[Linear4bit] = MaskedLinear
+        kinds |= {Linear4bit: MaskedLinear, SVDLinear4bit: MaskedSVD}
     return kinds
 
 
@@ -42,6 +59,26 @@ def canonical_name(name: str) -> str:
     return name.rpartition(_PEFT_PREFIX)[2]
 
 
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """The layers that hold the adapter, by the canonical name of what they wrap.
+
+    peft nests its wrappers of several parameters of one module, ``experts``, ``experts.base_layer``, ...: the name of
+    such a layer is the parameter's, ``experts.up_proj``, however deep it lies.
+    """
+    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    wrappers = {name for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    layers: dict[str, LoraLayer] = {}
+    for name, module in modules.items():
+        if isinstance(module, LoraLayer) and adapter_name in module.r:
+            parts = name.split(".")
+            wrapped = [part == "base_layer" and ".".join(parts[:at]) in wrappers for at, part in enumerate(parts)]
+            path = [part for part, inside in zip(parts, wrapped, strict=True) if not inside]
+            if isinstance(module, ParamWrapper):
+                path.append(module.parameter_name)
+            layers[".".join(path)] = module
+    return layers
+
+
 def masked_layers(model: nn.Module, adapter_name: str) -> dict[str, MaskedLayer]:
     """The layers that hold the adapter, by canonical name, sorted so that ranks agree.
 
@@ -49,28 +86,31 @@ def masked_layers(model: nn.Module, adapter_name: str) -> dict[str, MaskedLayer]
         ValueError: the adapter is on no layer, on a kind of layer without a mask rule, or on a layer that
             already has another LoRA variant (e.g. DoRA): a layer is never left without masks in silence.
     """
-    layers = {
-        canonical_name(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.r
-    }
+    layers = adapter_layers(model, adapter_name)
     if not layers:
         raise ValueError(f"no layer holds a LoRA adapter named {adapter_name!r}")
     return {name: _masked_layer(name, layer, adapter_name) for name, layer in sorted(layers.items())}
 
 
-def _masked_layer(name: str, layer: BaseTunerLayer, adapter_name: str) -> MaskedLayer:
+def _masked_layer(name: str, layer: LoraLayer, adapter_name: str) -> MaskedLayer:
     """The layer with its mask rule."""
-    if type(layer) not in MASKED_KINDS:
-        known = ", ".join(sorted(kind.__name__ for kind in MASKED_KINDS))
-        raise ValueError(
-            f"{name}: LoRA Dropout has no masks for {type(layer).__name__} (it has them for {known}); "
-            "leave this layer out of target_modules"
-        )
-    if isinstance(layer, LoraLayer) and adapter_name in layer.lora_variant:
+    kind = type(layer)
+    if kind not in MASKED_KINDS:
+        known = ", ".join(sorted(known.__name__ for known in MASKED_KINDS))
+        reason = refusals.LAYERS.get(kind.__name__, "leave this layer out of target_modules")
+        raise ValueError(f"{name}: LoRA Dropout has no masks for {kind.__name__} (it has them for {known}): {reason}")
+    if adapter_name in layer.lora_variant:
         variant = type(layer.lora_variant[adapter_name]).__name__
-        raise ValueError(f"{name} already has the LoRA variant {variant}; LoRA Dropout cannot be combined with it")
-    return MASKED_KINDS[type(layer)](name, layer, adapter_name)
+        reason = refusals.VARIANTS.get(variant, "attach it to a plain LoRA")
+        raise ValueError(
+            f"{name} already has the LoRA variant {variant}; LoRA Dropout cannot be combined with it: {reason}"
+        )
+    if layer.lora_bias.get(adapter_name, False):
+        raise ValueError(
+            f"{name}: its adapter has a bias (lora_bias), which is neither a column of A nor a row of B and has no "
+            "mask rule; set lora_bias to False"
+        )
+    return MASKED_KINDS[kind](name, layer, adapter_name)
 
 
 class LoraDropout:
@@ -152,12 +192,11 @@ class LoraDropout:
 
         Raises:
             RuntimeError: entered inside another one.
-            ValueError: several masks for a layer that can only have one.
+            ValueError: several masks for a layer that can only have one; the adapter is merged or not active.
         """
         if self._active:
             raise RuntimeError("LoraDropout.masks() is already active on this adapter; leave it first")
-        if len(coordinates) > 1:
-            self._check_groups(len(coordinates))
+        self._check_layers(len(coordinates))
         masks = self.layer_masks(purpose, coordinates, rows=rows, lengths=lengths, balanced=balanced, progress=progress)
         self._active = True
         try:
@@ -203,18 +242,29 @@ class LoraDropout:
                 next(parts),
                 *layer.features(),
                 rate,
-                rows,
-                None if lengths is None else tuple(lengths),
+                # an expert in a list sees any number of tokens, and all under the one mask
+                None if layer.one_group else rows,
+                None if layer.one_group or lengths is None else tuple(lengths),
             )
             for (name, layer), rate in zip(self.layers.items(), rates, strict=True)
         }
 
-    def _check_groups(self, groups: int) -> None:
-        for name, layer in self.layers.items():
-            if layer.one_group:
+    def _check_layers(self, groups: int) -> None:
+        """Refuse masks that a layer would not heed, or could not tell apart."""
+        for name, masked in self.layers.items():
+            if masked.layer.merged:
                 raise ValueError(
-                    f"{name}: its weight is one tensor for all rows of a batch, so {groups} masks cannot run at once; "
-                    "use instance masks, one after another (execution: sequential)"
+                    f"{name}: an adapter is merged into its weight, where no mask reaches it; unmerge_adapter() first"
+                )
+            if self.adapter_name not in masked.layer.active_adapters:
+                raise ValueError(
+                    f"{name}: the adapter {self.adapter_name!r} is not active and its masks would change nothing; "
+                    "set_adapter() first"
+                )
+            if masked.one_group and groups > 1:
+                raise ValueError(
+                    f"{name}: {masked.one_group}, so {groups} masks cannot run at once; use instance masks, one after "
+                    "another (execution: sequential)"
                 )
 
     @staticmethod

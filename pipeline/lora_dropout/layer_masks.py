@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from pipeline.lora_dropout.masks import unpacked
+from pipeline.lora_dropout.masks import picked, unpacked
+
+_IN_LIST_OF_EXPERTS = re.compile(r"(^|\.)experts\.\d+\.")
+"""A layer of one expert of many, in models that keep a list of them (``mlp.experts.3.up_proj``)."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +55,46 @@ class LayerMasks:
         """``(G, out)`` bool, the kept rows of B."""
         return unpacked(self.bits_out, self.features_out)
 
+    def kept_in_at(self, features: torch.Tensor) -> torch.Tensor:
+        """Whether single features of A's side are kept.
+
+        Args:
+            features: integers of any shape, group-major: flattened they are G runs, of equal or the given lengths.
+
+        Returns:
+            ``(number of them,)`` bool.
+        """
+        features = features.reshape(-1)
+        lengths = self.packed_lengths(len(features)) or (len(features) // self.groups,) * self.groups
+        groups = torch.arange(self.groups, device=features.device)
+        each = torch.tensor(lengths, device=features.device)
+        return picked(self.bits_in, groups.repeat_interleave(each, output_size=len(features)), features)
+
     def check_rows(self, x: torch.Tensor) -> None:
         """Refuse an input whose rows do not belong to these groups.
 
         Args:
-            x: ``(rows, ..., in)``; two-dimensional input may be flattened tokens, a multiple of the rows.
+            x: ``(rows, ..., in)``; two-dimensional input may be flattened tokens, a multiple of the rows. A single row
+                may be shared by the batch, where there is one mask.
 
         Raises:
             ValueError: names the layer.
         """
         found = x.shape[0]
-        if self.rows is not None and self.lengths is None:
-            right = found == self.rows or (x.dim() == 2 and found % self.rows == 0)
-            if not right:
-                raise ValueError(f"{self.layer}: masks for a batch of {self.rows} rows, found {found} rows")
-        if self.lengths is None and found % self.groups:
+        if self.lengths is not None or (self.groups == 1 and found == 1):  # one row for all rows: one mask for all
+            return
+        shared = (
+            "; what all rows share (DeBERTa's relative positions, BERT's positions) can only be under one mask: run "
+            "the masks one after another (execution: sequential), or leave this layer out of target_modules"
+            if found == 1
+            else ""
+        )
+        if self.rows is not None and found != self.rows and (x.dim() != 2 or found % self.rows):
+            raise ValueError(f"{self.layer}: masks for a batch of {self.rows} rows, found {found} rows{shared}")
+        if found % self.groups:
             raise ValueError(
                 f"{self.layer}: {self.groups} mask groups need a batch whose rows divide by {self.groups}, "
-                f"found {found} rows; rows must be group-major inside LoraDropout.masks()"
+                f"found {found} rows; rows must be group-major inside LoraDropout.masks(){shared}"
             )
 
     def packed_lengths(self, tokens: int) -> tuple[int, ...] | None:
@@ -77,7 +103,7 @@ class LayerMasks:
         Raises:
             ValueError: the lengths do not add up to the tokens.
         """
-        if self.lengths is None:
+        if self.lengths is None or self.groups == 1:
             return None
         if sum(self.lengths) != tokens:
             raise ValueError(
@@ -90,8 +116,8 @@ class LayerMasks:
 class MaskedLayer(ABC):
     """A layer that holds the adapter, of one kind: how many features it masks, and how."""
 
-    one_group = False
-    """Whether the whole batch must share one mask, because the layer's weight is one tensor for all rows."""
+    one_group = ""
+    """Why the whole batch must share one mask; empty where it need not."""
 
     def __init__(self, name: str, layer: BaseTunerLayer, adapter_name: str) -> None:
         """Remember the layer; nothing changes yet.
@@ -104,6 +130,8 @@ class MaskedLayer(ABC):
         self.name = name
         self.layer = layer
         self.adapter_name = adapter_name
+        if _IN_LIST_OF_EXPERTS.search(name):
+            self.one_group = "an expert sees only the tokens sent to it and cannot know which rows they are from"
 
     @abstractmethod
     def features(self) -> tuple[int, int]:
@@ -123,4 +151,5 @@ class MaskedLayer(ABC):
 
     @abstractmethod
     def member_weights(self, masks: LayerMasks) -> dict[str, torch.Tensor]:
-        """The first group's masked adapter as weights of a plain adapter, in float32, by the kind of weight."""
+        """The first group's masked adapter as weights of a plain LoRA, in float32, by the name peft gives them in the
+        layer: to be used at the layer's own ``scaling``, except where a kind says otherwise."""

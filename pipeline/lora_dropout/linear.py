@@ -22,17 +22,21 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def masked_weights(
-    weight_a: torch.Tensor, weight_b: torch.Tensor, masks: LayerMasks, scaling: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A_hat`` ``(G, r, in)``, and ``B_hat`` ``(G, out, r)`` times all factors, in the dtype.
+def masked_rows(weight_b: torch.Tensor, masks: LayerMasks, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    """``B_hat`` ``(G, out, r)`` times all factors, in the dtype.
 
     On B the factors cost nothing; peft multiplies the output, which is larger. They are one Python float: a factor of
     1 / (1-p) held in bfloat16 would be off by up to 0.2 %, in one direction. Cast first, masked after: the G copies are
     made in the dtype that computes.
     """
-    scaled_b = (weight_b * (scaling * masks.scale)).to(dtype)
-    return weight_a.to(dtype)[None] * masks.kept_in[:, None, :], scaled_b[None] * masks.kept_out[:, :, None]
+    return (weight_b * (scaling * masks.scale)).to(dtype)[None] * masks.kept_out[:, :, None]
+
+
+def masked_weights(
+    weight_a: torch.Tensor, weight_b: torch.Tensor, masks: LayerMasks, scaling: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A_hat`` ``(G, r, in)``, and ``B_hat`` ``(G, out, r)`` times all factors, in the dtype."""
+    return weight_a.to(dtype)[None] * masks.kept_in[:, None, :], masked_rows(weight_b, masks, scaling, dtype)
 
 
 def ragged_product(tokens: torch.Tensor, weights: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
@@ -54,6 +58,37 @@ def ragged_product(tokens: torch.Tensor, weights: torch.Tensor, lengths: tuple[i
     return torch.cat([run @ weight for run, weight in runs])
 
 
+def added(
+    result: torch.Tensor, hidden: torch.Tensor, masked_b: torch.Tensor, lengths: tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """``result + B_hat hidden``, group by group.
+
+    The sum is part of the product where the dtypes allow, which saves an activation-sized tensor and a pass over it
+    against ``result + output * scaling``.
+
+    Args:
+        result: ``(..., out)``, tokens in the order of ``hidden``.
+        hidden: ``(tokens, r)``, G runs of tokens, of equal or the given lengths.
+        masked_b: ``(G, out, r)``, in the dtype of ``hidden``.
+        lengths: tokens of each group; None, all the same.
+
+    Returns:
+        Shape and dtype of ``result``.
+    """
+    groups, out_features, rank = masked_b.shape
+    base = result.reshape(-1, out_features)
+    if lengths is not None:
+        return (base + ragged_product(hidden, masked_b.mT, lengths)).reshape(result.shape).to(result.dtype)
+    if groups == 1:
+        if base.dtype == hidden.dtype:
+            return torch.addmm(base, hidden, masked_b[0].mT).reshape(result.shape)
+        return (base + hidden @ masked_b[0].mT).reshape(result.shape).to(result.dtype)
+    grouped, hidden = base.view(groups, -1, out_features), hidden.view(groups, -1, rank)
+    if base.dtype == hidden.dtype:
+        return torch.baddbmm(grouped, hidden, masked_b.mT).reshape(result.shape)
+    return (grouped + torch.bmm(hidden, masked_b.mT)).reshape(result.shape).to(result.dtype)
+
+
 def updated(
     result: torch.Tensor,
     x: torch.Tensor,
@@ -62,9 +97,6 @@ def updated(
     lengths: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
     """``result + B_hat A_hat x``, group by group.
-
-    The sum is part of the last product where the dtypes allow, which saves an activation-sized tensor and a pass over
-    it against ``result + output * scaling``.
 
     Args:
         result: ``(..., out)``, tokens in the order of ``x``.
@@ -76,22 +108,15 @@ def updated(
     Returns:
         Shape and dtype of ``result``.
     """
-    groups, out_features = masked_b.shape[:2]
-    tokens = x.to(masked_a.dtype).reshape(-1, x.shape[-1])
-    base = result.reshape(-1, out_features)
+    groups, rank, in_features = masked_a.shape
+    tokens = x.to(masked_a.dtype).reshape(-1, in_features)
     if lengths is not None:
-        output = ragged_product(ragged_product(tokens, masked_a.mT, lengths), masked_b.mT, lengths)
-        return (base + output).reshape(result.shape).to(result.dtype)
-    if groups == 1:
+        hidden = ragged_product(tokens, masked_a.mT, lengths)
+    elif groups == 1:
         hidden = tokens @ masked_a[0].mT
-        if base.dtype == hidden.dtype:
-            return torch.addmm(base, hidden, masked_b[0].mT).reshape(result.shape)
-        return (base + hidden @ masked_b[0].mT).reshape(result.shape).to(result.dtype)
-    hidden = torch.bmm(tokens.view(groups, -1, tokens.shape[-1]), masked_a.mT)  # (G, S, r)
-    grouped = base.view(groups, -1, out_features)
-    if base.dtype == hidden.dtype:
-        return torch.baddbmm(grouped, hidden, masked_b.mT).reshape(result.shape)
-    return (grouped + torch.bmm(hidden, masked_b.mT)).reshape(result.shape).to(result.dtype)
+    else:
+        hidden = torch.bmm(tokens.view(groups, -1, in_features), masked_a.mT).view(-1, rank)
+    return added(result, hidden, masked_b, lengths)
 
 
 class MaskedLinearVariant(LoraVariant):

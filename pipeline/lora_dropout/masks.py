@@ -161,3 +161,8 @@ def unpacked(packed_bits: torch.Tensor, features: int) -> torch.Tensor:
     """``(..., features)`` bool from ``(..., padded(features)/8)`` uint8."""
     places = torch.arange(8, dtype=torch.uint8, device=packed_bits.device)
     return ((packed_bits[..., None] >> places) & 1).flatten(-2)[..., :features].bool()
+
+
+def picked(packed_bits: torch.Tensor, groups: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """The bits of single features: ``(T,)`` bool from ``(G, F/8)`` uint8 and ``(T,)`` integers of each."""
+    return ((packed_bits[groups, features >> 3] >> (features & 7)) & 1).bool()
