@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from eval.decode import EnsembleDecoder, Step
 from eval.prompt import TrainingPrompt
+from pipeline.adapter_check import check_adapter, why_unmasked
 from pipeline.adapter_files import adapter_dropout, load_adapter, read_settings
 from pipeline.base import load_base, load_tokenizer
 from pipeline.errors import UserError
@@ -87,7 +88,8 @@ class Answerer:
         """What answers, in one line."""
         if self.dropout is None:
             return f"{self.recipe.name}: the deterministic adapter"
-        return f"{self.recipe.name}: an ensemble of {self.ensemble.instances}, average of {self.ensemble.average}"
+        members = f"{self.ensemble.instances} balanced" if self.ensemble.balanced else str(self.ensemble.instances)
+        return f"{self.recipe.name}: an ensemble of {members}, average of {self.ensemble.average}"
 
     def answer(self, prompt: str, max_new_tokens: int, temperature: float) -> Confidence:
         """Print the answer as it is generated, then return how sure the model was.
@@ -147,15 +149,16 @@ def load_answerer(
         UserError: no adapter or no recipe there; arguments that would have no effect; the base cannot be had.
     """
     settings = read_settings(folder)
-    if ensemble and settings.rate == 0:
+    trained_masked = settings is not None and settings.masked
+    if ensemble and not trained_masked:
         raise UserError(
-            f"--ensemble: {folder} was trained without LoRA Dropout (rate 0); masks at test time only are worse than "
-            "none. Leave the option out."
+            f"--ensemble: {folder} {why_unmasked(settings)}; masks at test time only are worse than none. "
+            "Leave the option out."
         )
-    masked = settings.rate > 0 if ensemble is None else ensemble
+    masked = trained_masked if ensemble is None else ensemble
     for option, value in (("--instances", instances), ("--average", average)):
         if value is not None and not masked:
-            reason = "--deterministic asks for no ensemble" if settings.rate > 0 else "it was trained with rate 0"
+            reason = "--deterministic asks for no ensemble" if trained_masked else f"it {why_unmasked(settings)}"
             raise UserError(f"{option}: {folder} answers without an ensemble ({reason}), so it would have no effect")
     file = folder / RECIPE_FILE
     if not file.is_file():
@@ -165,12 +168,13 @@ def load_answerer(
         )
     recipe = load_recipe(file, [] if base is None else [f"base.model={json.dumps(base)}"])
     chosen = {"instances": instances, "average": average}
+    check_adapter(recipe.base, folder)
     tokenizer = load_tokenizer(recipe.base)
     model = load_adapter(load_base(recipe.base), folder)
     return Answerer(
         recipe=recipe,
         model=model,
         tokenizer=tokenizer,
-        dropout=adapter_dropout(model, settings) if masked else None,
+        dropout=adapter_dropout(model, settings) if settings is not None and masked else None,
         ensemble=recipe.eval.ensemble.model_copy(update={k: v for k, v in chosen.items() if v is not None}),
     )

@@ -77,6 +77,11 @@ def passes(members: int, rows: int, rows_per_pass: int | None) -> list[range]:
     return [range(first, min(first + size, members)) for first in range(0, members, size)]
 
 
+def members_masked(dropout: LoraDropout, ensemble: Ensemble, numbers: range) -> AbstractContextManager[None]:
+    """Masks of these members; where they are balanced, each pass gets its part of the set of all N."""
+    return dropout.members(numbers, balanced=ensemble.instances if ensemble.balanced else None)
+
+
 @dataclass
 class Step:
     """What one decoding step chose, before temperature and other processors."""
@@ -99,13 +104,14 @@ class _MemberRows:
         members = ensemble.instances if dropout is not None else 1
         self.model = model
         self.dropout = dropout
+        self.ensemble = ensemble
         self.groups = passes(members, len(prompt_mask), ensemble.rows_per_pass)
         self.caches = [DynamicCache(config=model.config) for _ in self.groups]
         self.mask = prompt_mask
         self.padded = not bool(prompt_mask.all())  # without padding no mask is passed: attention is faster
 
     def masked(self, numbers: range) -> AbstractContextManager[None]:
-        return nullcontext() if self.dropout is None else self.dropout.members(numbers)
+        return nullcontext() if self.dropout is None else members_masked(self.dropout, self.ensemble, numbers)
 
     def next_logits(self, tokens: torch.Tensor, **forward_arguments: Any) -> torch.Tensor:
         """``(N, B, V)`` logits after the ``(B, t)`` newest tokens, in the model's dtype."""

@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from eval.decode import EnsembleDecoder, RunningAverage, passes
+from eval.decode import EnsembleDecoder, RunningAverage, members_masked, passes
 from eval.logs import quiet
 from pipeline.errors import UserError
 from pipeline.lora_dropout import LoraDropout
@@ -89,7 +89,7 @@ class EnsembleLM(HFLM):
             return super()._model_call(inps, attn_mask, labels)
         average = RunningAverage(self.ensemble.average)
         for numbers in passes(self.ensemble.instances, len(inps), self.ensemble.rows_per_pass):
-            with self.dropout.members(numbers):
+            with members_masked(self.dropout, self.ensemble, numbers):
                 logits = super()._model_call(inps.repeat(len(numbers), 1))  # (n*B, T, V), member-major
             average.add(logits.unflatten(0, (len(numbers), -1)))
         return average.value()

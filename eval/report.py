@@ -170,18 +170,16 @@ def notes(results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> l
     ours = results["lora_dropout"]
     systems, settings = ours["systems"], ours.get("adapter_settings") or {}
     rate = settings.get("rate")
-    found = []
+    found = list(ours.get("warnings", []))
     if ours.get("limit") is not None:
         found.append(
             f"First {ours['limit']} documents of each task only (eval.limit): a trial, not a benchmark result."
         )
     if not ours.get("adapter"):
         found.append("No adapter was given: these are scores of the base model.")
-    elif "ensemble" not in systems:
+    elif "ensemble" not in systems and not ours.get("warnings"):
         untrained = "the adapter was trained without LoRA Dropout (rate 0)"
         found.append(f"No ensemble was evaluated: {untrained if rate == 0 else 'eval.systems does not ask for it'}.")
-    if "ensemble" in systems and rate == 0:
-        found.append("The adapter was trained without LoRA Dropout; masks at test time only usually lower the score.")
     broken = [
         str(line["step"])
         for line in history
@@ -242,11 +240,13 @@ def setting_rows(ours: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str
     storage = {"nf4": "4-bit nf4", "int8": "8-bit int8", "none": "not quantised"}[base.quantization]
     found = [("Base model", f"{base.model}, {storage}, {base.dtype}"), ("Adapter", ours.get("adapter") or "none")]
     if trained:
-        folded = "" if trained["rescale"] else f" ({trained['lora_alpha']:g} in adapter_config.json)"
-        found += [("Rank, alpha", f"{trained['r']}, {trained['alpha']:g}{folded}")]
+        alpha, in_file = trained.get("alpha", trained["lora_alpha"]), trained["lora_alpha"]
+        folded = "" if alpha == in_file else f" ({in_file:g} in adapter_config.json)"
+        found += [("Rank, alpha", f"{trained['r']}, {alpha:g}{folded}")]
         found += dropout_rows(trained)
     if ensemble:
-        members = f"{ensemble['instances']} members, average of {ensemble['average']} at every token"
+        balanced = "balanced " if ensemble.get("balanced") else ""
+        members = f"{ensemble['instances']} {balanced}members, average of {ensemble['average']} at every token"
         found += [("Test ensemble", f"{members}, mask seed {ensemble['seed']}")]
     prompts = {"task": "the task's own", "training": "the training prompt around the task's text"}
     fewshot, limit = recipe.eval.num_fewshot, ours.get("limit")
@@ -260,11 +260,14 @@ def setting_rows(ours: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str
 
 def dropout_rows(trained: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How the adapter was trained."""
-    if trained["rate"] == 0:
+    if "rate" not in trained:
+        return [("Dropout rate p", "not recorded: an adapter of another origin")]
+    if trained["rate"] == 0 and not trained.get("rate_pattern"):
         return [("Dropout rate p", "0 (plain LoRA)")]
     masks = {"example": "each example draws its own masks", "instance": "masks shared by the micro-batch"}
+    others = "".join(f", {rate:g} in {name}" for name, rate in trained.get("rate_pattern", {}).items())
     return [
-        ("Dropout rate p", f"{trained['rate']:g}"),
+        ("Dropout rate p", f"{trained['rate']:g}{others}"),
         ("Training instances N", f"{trained['instances']}, {masks[trained['sampling']]}"),
         ("Rescale by 1/(1-p)", "yes" if trained["rescale"] else "no: equation 2 verbatim, folded into alpha"),
     ]

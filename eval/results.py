@@ -62,9 +62,25 @@ def add_stderrs(results: dict[str, Any], samples: dict[str, list[dict[str, Any]]
 
 
 def our_section(
-    recipe: Recipe, adapter: Path, settings: AdapterSettings, finished: dict[str, SystemScores], started: str
+    recipe: Recipe,
+    adapter: Path,
+    settings: AdapterSettings | None,
+    masks: AdapterSettings,
+    finished: dict[str, SystemScores],
+    started: str,
+    warnings: list[str],
 ) -> dict[str, Any]:
-    """What ``results.json`` holds beside lm-eval's own keys, under ``lora_dropout``."""
+    """What ``results.json`` holds beside lm-eval's own keys, under ``lora_dropout``.
+
+    Args:
+        recipe: that was evaluated.
+        adapter: its folder.
+        settings: as recorded beside it; None where nothing is.
+        masks: of the ensemble.
+        finished: scores by system.
+        started: when, ISO 8601.
+        warnings: that the reader of the scores must see.
+    """
     ensemble = recipe.eval.ensemble
     training = adapter / PROVENANCE_FILE
     peft = json.loads((adapter / "adapter_config.json").read_text())
@@ -88,11 +104,23 @@ def our_section(
             }
             for system, scores in finished.items()
         },
-        "ensemble": {"instances": ensemble.instances, "average": ensemble.average, "seed": settings.seed}
+        "ensemble": {
+            "instances": ensemble.instances,
+            "average": ensemble.average,
+            "balanced": ensemble.balanced,
+            "rate": masks.rate,
+            "rate_pattern": dict(masks.rate_pattern),
+            "seed": masks.seed,
+        }
         if "ensemble" in finished
         else None,
         "adapter": str(adapter),
-        "adapter_settings": {**asdict(settings), "r": peft["r"], "lora_alpha": peft["lora_alpha"]},
+        "adapter_settings": {
+            **({} if settings is None else asdict(settings)),
+            "r": peft["r"],
+            "lora_alpha": peft["lora_alpha"],
+        },
+        "warnings": warnings,
         "limit": recipe.eval.limit,
         "prompt": recipe.eval.prompt,
         "provenance": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +23,8 @@ from eval.results import SystemScores, add_stderrs, our_section, write_folder
 from eval.score_table import score_table
 from eval.scores import SYSTEMS
 from eval.tasks import load_tasks
-from pipeline.adapter_files import AdapterSettings, adapter_dropout, load_adapter, read_settings
+from pipeline.adapter_check import check_adapter, check_settings, ensemble_settings, why_unmasked
+from pipeline.adapter_files import AdapterSettings, adapter_dropout, load_adapter, read_peft_config, read_settings
 from pipeline.base import load_base, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.processes import is_main, world_size
@@ -55,7 +55,13 @@ def evaluate(
     started = now()
     settings = read_settings(adapter)
     check_base(recipe.base, adapter)
-    systems = systems_of(recipe.eval, settings, adapter)
+    check_settings(settings, recipe, adapter)
+    systems, warnings = systems_of(recipe, settings, adapter)
+    masks = ensemble_settings(settings, recipe)
+    check_adapter(recipe.base, adapter, masks if "ensemble" in systems else None)
+    if is_main():
+        for warning in warnings:
+            print(f"warning: {warning}", flush=True)
     tasks = load_tasks(recipe.eval)
     prompt = TrainingPrompt(recipe).render if recipe.eval.prompt == "training" else None
     group = process_group()
@@ -70,7 +76,7 @@ def evaluate(
                 model,
                 tokenizer,
                 batch_size=recipe.eval.batch_size,
-                dropout=adapter_dropout(model, settings) if ensembled else None,
+                dropout=adapter_dropout(model, masks) if ensembled else None,
                 ensemble=recipe.eval.ensemble if ensembled else None,
                 training_prompt=prompt,
                 group=group,
@@ -83,7 +89,7 @@ def evaluate(
                 finished[system] = system_scores(lm, tasks, recipe.eval)
     if not is_main():
         return None
-    section = our_section(recipe, adapter, settings, finished, started)
+    section = our_section(recipe, adapter, settings, masks, finished, started, warnings)
     results = {**finished[systems[-1]].results, "lora_dropout": section}
     if progress:
         Console().print(score_table(results))  # before any file: a full disk does not cost the scores
@@ -102,8 +108,8 @@ def check_base(base: schema.Base, adapter: Path) -> None:
         UserError: they are of another name (a folder of the same name elsewhere counts as moved), or stored or computed
             in another type; the recipe beside the adapter cannot be read.
     """
-    trained = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    if Path(trained).name != Path(base.model).name:
+    trained = read_peft_config(adapter).get("base_model_name_or_path")  # null where peft was given a bare model
+    if trained is not None and Path(trained).name != Path(base.model).name:
         raise UserError(
             f"{adapter}: trained on the base {trained!r}, but base.model is {base.model!r}.\n"
             f"Evaluate with base.model={trained}; if that folder was only renamed, mend base_model_name_or_path in "
@@ -132,26 +138,32 @@ def check_storage(base: schema.Base, trained: schema.Base, adapter: Path) -> Non
         )
 
 
-def systems_of(section: schema.Eval, settings: AdapterSettings, adapter: Path) -> list[str]:
-    """The systems to run, in order.
+def systems_of(recipe: Recipe, settings: AdapterSettings | None, adapter: Path) -> tuple[list[str], list[str]]:
+    """The systems to run, in order, and what the reader of their scores must be warned of.
 
-    An adapter that was not trained with LoRA Dropout gets no ensemble: its recipe has no rate to draw masks with, and
-    masks at test time only are worse than none (``Drop_test`` in arXiv 2404.09610).
+    An adapter that was not trained with LoRA Dropout gets an ensemble only where the recipe has a rate to draw masks
+    with; masks at test time only are worse than none (``Drop_test`` in arXiv 2404.09610).
 
     Raises:
         UserError: nothing is left to run.
     """
-    systems: list[str] = [system for system in SYSTEMS if system in section.systems]
-    if "ensemble" in systems and settings.rate == 0:
-        systems.remove("ensemble")
-        reason = f"{adapter} was trained without LoRA Dropout (rate 0), so there is no ensemble over masks"
-        if not systems:
-            raise UserError(f"eval.systems: {reason}; evaluate it with eval.systems=[base, deterministic]")
-        if is_main():
-            print(f"warning: {reason}; masks at test time only are worse than none. Evaluating the rest.", flush=True)
+    systems: list[str] = [system for system in SYSTEMS if system in recipe.eval.systems]
+    warnings = []
+    if "ensemble" in systems and not (settings is not None and settings.masked):
+        reason = f"{adapter} {why_unmasked(settings)}"
+        worse = "masks at test time only are worse than none"
+        if recipe.adapter.dropout.masked:
+            rate = f"rate {recipe.adapter.dropout.rate:g}"
+            warnings = [f"{reason}; its ensemble is drawn with this recipe's {rate}, and {worse}."]
+        else:
+            systems.remove("ensemble")
+            reason = f"{reason} and this recipe has no rate, so there is no ensemble over masks"
+            warnings = [f"{reason}; {worse}. Evaluating the rest."]
+            if not systems:
+                raise UserError(f"eval.systems: {reason}; evaluate it with eval.systems=[base, deterministic]")
     if not systems:
         raise UserError("eval.systems: empty; name at least one of base, deterministic, ensemble")
-    return systems
+    return systems, warnings
 
 
 def description(system: str, section: schema.Eval) -> str:
@@ -160,7 +172,9 @@ def description(system: str, section: schema.Eval) -> str:
         return "the base without adapter"
     if system == "deterministic":
         return "the adapter, masks off"
-    return f"the ensemble of {section.ensemble.instances} masked adapters, average of {section.ensemble.average}"
+    balanced = "balanced " if section.ensemble.balanced else ""
+    members = f"{section.ensemble.instances} {balanced}masked adapters"
+    return f"the ensemble of {members}, average of {section.ensemble.average}"
 
 
 def process_group() -> dist.ProcessGroup | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, field, fields
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import PeftModel
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -15,14 +19,21 @@ from pipeline.errors import UserError
 from pipeline.lora_dropout import LoraDropout
 from pipeline.recipe import schema
 
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 SETTINGS_FILE = "lora_dropout.json"
 
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class AdapterSettings:
-    """What peft's own configuration has no place for (it drops keys it does not know when it loads)."""
+    """What peft's own configuration has no place for (it drops keys it does not know when it loads).
 
-    rate: float
+    Fields with a default are younger than the others: a file without them was written before there was a choice.
+    """
+
+    rate: Rate
     instances: int
     sampling: str
     rescale: bool
@@ -30,6 +41,14 @@ class AdapterSettings:
     """As in the recipe. ``adapter_config.json`` holds the folded one where ``rescale`` is false."""
     seed: int
     """Of the ensemble's masks."""
+    method: Literal["lora", "adalora"] = "lora"
+    rate_pattern: Mapping[str, Rate] = field(default_factory=dict)
+    """Rates of the modules that have another one."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether the ensemble's masks drop anything."""
+        return max(self.rate, *self.rate_pattern.values(), 0.0) > 0
 
 
 def settings_of(adapter: schema.Adapter, seed: int) -> AdapterSettings:
@@ -42,6 +61,8 @@ def settings_of(adapter: schema.Adapter, seed: int) -> AdapterSettings:
         rescale=dropout.rescale,
         alpha=adapter.alpha,
         seed=seed,
+        method=adapter.method,
+        rate_pattern=dropout.rate_pattern,
     )
 
 
@@ -58,37 +79,53 @@ def save_adapter(model: PeftModel, weights: dict[str, torch.Tensor], settings: A
     inference_mode, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference_mode
-    save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    save_file(weights, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
     (folder / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
 
-def read_settings(folder: Path) -> AdapterSettings:
-    """LoRA Dropout settings of a saved adapter.
+def read_settings(folder: Path) -> AdapterSettings | None:
+    """LoRA Dropout settings of a saved adapter; None for an adapter of another origin, which has none.
 
     Raises:
-        UserError: the folder holds no adapter of ours.
+        UserError: the folder holds no adapter; its settings cannot be read.
     """
     check_adapter_folder(folder)
     file = folder / SETTINGS_FILE
     if not file.exists():
-        raise UserError(
-            f"{folder}: a peft adapter without {SETTINGS_FILE}, so how it was trained is not known.\n"
-            "Expected an adapter that launch/sft.py wrote."
-        )
+        return None
     try:
-        return AdapterSettings(**json.loads(file.read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
-        expected = ", ".join(field.name for field in fields(AdapterSettings))
-        raise UserError(f"{file}: cannot be read ({error}).\nExpected an object with {expected}.") from error
+        return TypeAdapter(AdapterSettings).validate_json(file.read_bytes())
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors())
+        expected = ", ".join(each.name for each in fields(AdapterSettings))
+        raise UserError(f"{file}: cannot be read ({found}).\nExpected an object with {expected}.") from error
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json``.
+
+    Raises:
+        UserError: the folder holds no adapter, or one of another method than LoRA and AdaLoRA.
+    """
+    check_adapter_folder(folder)
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:  # not JSON, or not text
+        raise UserError(f"{file}: not JSON ({error}).\nExpected peft's configuration of an adapter.") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in ("LORA", "ADALORA"):
+        raise UserError(f"{file}: peft_type is {kind!r}; expected LORA or ADALORA, the adapters that are handled here.")
+    return dict(config)
 
 
 def check_adapter_folder(folder: Path) -> None:
     """Raise ``UserError`` unless the folder holds a peft adapter."""
-    if not (folder / "adapter_config.json").exists():
+    if not (folder / CONFIG_FILE).exists():
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
         raise UserError(
             f"{folder}: no adapter here (found: {found or 'an empty folder'}).\n"
-            "Expected adapter_config.json and adapter_model.safetensors: train first with launch/sft.py, or give the "
+            f"Expected {CONFIG_FILE} and {WEIGHTS_FILE}: train first with launch/sft.py, or give the "
             "run's output folder."
         )
 
@@ -105,5 +142,12 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def adapter_dropout(model: PeftModel, settings: AdapterSettings) -> LoraDropout:
-    """The masks an adapter was trained with, for its ensemble."""
-    return LoraDropout(model, rate=settings.rate, seed=settings.seed)
+    """The masks an adapter was trained with, for its ensemble.
+
+    Raises:
+        UserError: names a layer that cannot be masked.
+    """
+    try:
+        return LoraDropout(model, rate=settings.rate, seed=settings.seed, rate_pattern=settings.rate_pattern)
+    except ValueError as error:
+        raise UserError(f"this adapter has no ensemble over masks: {error}") from error

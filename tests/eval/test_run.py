@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,15 @@ def test_one_evaluation_leaves_everything(recipe: Recipe, adapter_folder: Path, 
     assert list(ours["systems"]) == ["base", "deterministic", "ensemble"]
     assert {"results", "configs", "versions", "n-shot", "higher_is_better", "n-samples"} <= results.keys()
     assert results["results"] == ours["systems"]["ensemble"]["results"], "lm-eval's part is the last system's"
-    assert ours["ensemble"] == {"instances": 3, "average": "logits", "seed": 7}
+    assert ours["ensemble"] == {
+        "instances": 3,
+        "average": "logits",
+        "balanced": False,
+        "rate": 0.5,
+        "rate_pattern": {},
+        "seed": 7,
+    }
+    assert ours["warnings"] == []
     assert ours["history"][0]["loss"] == 2.5 and ours["provenance"]["training"] == {"seed": 7}
     assert ours["adapter_settings"]["r"] == 4 and ours["adapter_settings"]["lora_alpha"] == 8.0
     assert ours["provenance"]["evaluation"]["versions"]["lm-eval"]
@@ -143,15 +152,42 @@ def test_the_training_prompt_reaches_the_tasks(recipe: Recipe, adapter_folder: P
             assert prompt.startswith("Below is an instruction") and prompt.endswith("### Response:\n")
 
 
-def test_without_lora_dropout_there_is_no_ensemble(recipe: Recipe, capsys: Any) -> None:
+def test_without_lora_dropout_and_without_a_rate_there_is_no_ensemble(recipe: Recipe) -> None:
     folder = Path("outputs/plain")
-    assert systems_of(recipe.eval, settings(rate=0.0), folder) == ["base", "deterministic"]
-    said = capsys.readouterr().out
-    assert "outputs/plain was trained without LoRA Dropout (rate 0)" in said and "worse than none" in said
+    plain_lora = recipe.model_copy(update={"adapter": Adapter(rank=4, alpha=8.0, dropout=Dropout(rate=0.0))})
+    systems, (warning,) = systems_of(plain_lora, settings(rate=0.0), folder)
+    assert systems == ["base", "deterministic"]
+    assert "outputs/plain was trained without LoRA Dropout (rate 0) and this recipe has no rate" in warning
+    assert "worse than none" in warning
     with pytest.raises(UserError, match="no ensemble over masks; evaluate it with"):
-        systems_of(with_eval(recipe, systems=["ensemble"]).eval, settings(rate=0.0), folder)
+        systems_of(with_eval(plain_lora, systems=["ensemble"]), settings(rate=0.0), folder)
     with pytest.raises(UserError, match="systems: empty"):
-        systems_of(with_eval(recipe, systems=[]).eval, settings(), folder)
+        systems_of(with_eval(recipe, systems=[]), settings(), folder)
+    assert systems_of(recipe, settings(), folder) == (["base", "deterministic", "ensemble"], [])
+
+
+@pytest.mark.parametrize("origin", ["a plain run", "stock peft"])
+def test_masks_at_test_time_only_are_warned_of(
+    recipe: Recipe, adapter_folder: Path, tmp_path: Path, capsys: Any, origin: str
+) -> None:
+    """The ensemble of an adapter that was trained without LoRA Dropout, on the screen, in the file, in the report."""
+    folder = shutil.copytree(adapter_folder, tmp_path / "adapter")
+    if origin == "stock peft":
+        for name in ("lora_dropout.json", "history.jsonl", "provenance.json"):
+            (folder / name).unlink()
+        why = "comes without lora_dropout.json, so it was not trained with LoRA Dropout here"
+    else:
+        (folder / "lora_dropout.json").write_text(json.dumps(asdict(settings(rate=0.0))))
+        why = "was trained without LoRA Dropout (rate 0)"
+    warning = f"{folder} {why}; its ensemble is drawn with this recipe's rate 0.5, and masks at test time only are"
+    quick = with_eval(recipe, tasks=["tiny_choice"], limit=2, systems=["deterministic", "ensemble"])
+    written = evaluate(quick, folder, tmp_path / "out")
+    assert written is not None
+    assert f"warning: {warning} worse than none." in plain(capsys.readouterr().out)
+    ours = json.loads((written / "results.json").read_text())["lora_dropout"]
+    assert ours["warnings"] == [f"{warning} worse than none."]
+    assert ours["ensemble"]["rate"] == 0.5 and ours["ensemble"]["seed"] == 42, "the recipe's"
+    assert f"> {warning} worse than none." in (written / "report.md").read_text()
 
 
 def test_a_missing_adapter_is_named_before_anything_is_loaded(recipe: Recipe, tmp_path: Path) -> None:

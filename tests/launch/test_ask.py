@@ -156,7 +156,7 @@ def test_rate_zero_answers_deterministically(plain_adapter: Path) -> None:
     assert load_answerer(plain_adapter).dropout is None
     with pytest.raises(UserError, match=r"--ensemble: .* was trained without LoRA Dropout \(rate 0\)"):
         load_answerer(plain_adapter, ensemble=True)
-    with pytest.raises(UserError, match=r"--instances: .*trained with rate 0.* no effect"):
+    with pytest.raises(UserError, match=r"--instances: .*without LoRA Dropout \(rate 0\).* no effect"):
         load_answerer(plain_adapter, instances=4)
 
 

@@ -111,8 +111,7 @@ def test_a_folder_without_an_adapter_says_what_it_holds(tmp_path: Path, llama: L
     with pytest.raises(UserError, match=r"no adapter here \(found: notes\.txt\)"):
         load_adapter(llama, tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"a peft adapter without lora_dropout\.json"):
-        read_settings(tmp_path)
+    assert read_settings(tmp_path) is None
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
