@@ -120,15 +120,46 @@ class Dropout(Section):
         return max(self.rate, self.initial_rate or 0.0, *self.rate_pattern.values(), 0.0) > 0
 
 
+class AdaLora(Section):
+    """AdaLoRA (Zhang et al., arXiv 2303.10512): how the budget of ranks falls, and how the layers compete for it."""
+
+    initial_rank: int | None = Field(default=None, ge=2)
+    """Rank of every layer at the start; it falls to `adapter.rank` on average. None: 1.5 times that, rounded up."""
+    warm_up: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of the training steps, at least one, before ranks begin to fall."""
+    final: float = Field(default=0.3, ge=0.0, lt=1.0)
+    """Share of the training steps at the end, with the ranks that were then found."""
+    interval: int = Field(default=10, ge=1)
+    """Steps between two allocations. A pruned direction can come back in between; with 1 it never does."""
+    beta1: float = Field(default=0.85, gt=0.0, lt=1.0)
+    """Smoothing of the importance over steps (equation 9)."""
+    beta2: float = Field(default=0.85, gt=0.0, lt=1.0)
+    """Smoothing of its uncertainty over steps (equation 10)."""
+    orthogonality: float = Field(default=0.5, ge=0.0)
+    """Weight of the term in the loss that keeps the columns of P and the rows of Q orthonormal (equation 4)."""
+
+    @model_validator(mode="after")
+    def _time_to_allocate(self) -> AdaLora:
+        if self.warm_up + self.final >= 1:
+            raise Contradiction(
+                (
+                    ("warm_up", "final"),
+                    f"found {self.warm_up} and {self.final}, which leave no step in which ranks could fall: together "
+                    "they must be below 1",
+                )
+            )
+        return self
+
+
 class Adapter(Section):
     """The peft adapter."""
 
     method: Literal["lora", "adalora"] = "lora"
     """`lora`, or `adalora`, whose training shares a budget of ranks out over the layers."""
     rank: int = Field(default=16, ge=1)
-    """Rank r of B @ A."""
+    """Rank r of B @ A; with `adalora` the average over the layers at the end."""
     alpha: float = Field(default=32.0, gt=0)
-    """The adapter's output is multiplied by alpha / rank."""
+    """The adapter's output is multiplied by alpha / rank, with `adalora` by alpha / initial rank."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Every linear layer but the output head, or a list of module names as in peft."""
     target_parameters: list[str] = []
@@ -139,18 +170,81 @@ class Adapter(Section):
     """peft's own `lora_dropout` on the adapter's input, fresh per token: a baseline, not LoRA Dropout."""
     dropout: Dropout = Dropout()
     """LoRA Dropout."""
+    adalora: AdaLora = AdaLora()
+    """How `method: adalora` shares the ranks out."""
 
     @model_validator(mode="after")
-    def _one_kind_of_dropout(self) -> Adapter:
+    def _no_contradictions(self) -> Adapter:
+        problems: list[tuple[tuple[str, ...], str]] = []
         if self.input_dropout > 0 and self.dropout.rate > 0:
-            raise Contradiction(
+            problems.append(
                 (
                     ("input_dropout", "dropout.rate"),
                     f"found {self.input_dropout} beside adapter.dropout.rate {self.dropout.rate}; the two regularisers "
                     "are compared, not combined: set one of them to 0",
                 )
             )
+        if self.input_dropout > 0 and self.target_parameters:
+            problems.append(
+                (
+                    ("input_dropout", "target_parameters"),
+                    "peft cannot put its own dropout before a fused weight: set input_dropout to 0",
+                )
+            )
+        problems += self._adalora_problems() if self.method == "adalora" else self._lora_problems()
+        if problems:
+            raise Contradiction(*problems)
         return self
+
+    def _lora_problems(self) -> list[tuple[tuple[str, ...], str]]:
+        """What plain LoRA cannot mean."""
+        if self.adalora == AdaLora():
+            return []
+        return [
+            (("adalora", "method"), "these keys are for adapter.method adalora, and it is lora: set it, or drop them")
+        ]
+
+    def _adalora_problems(self) -> list[tuple[tuple[str, ...], str]]:
+        """What AdaLoRA, as peft has it, cannot carry out."""
+        problems: list[tuple[tuple[str, ...], str]] = []
+        if self.initial_rank <= self.rank:
+            problems.append(
+                (
+                    ("adalora.initial_rank", "rank"),
+                    f"ranks fall from adalora.initial_rank to adapter.rank, found {self.initial_rank} and {self.rank}: "
+                    "raise initial_rank, or leave it out",
+                )
+            )
+        if self.rank_stabilized:
+            problems.append(
+                (
+                    ("rank_stabilized", "method"),
+                    "peft's AdaLoRA divides alpha by the initial rank, never by its root: set rank_stabilized to false",
+                )
+            )
+        if self.target_parameters:
+            problems.append(
+                (
+                    ("target_parameters", "method"),
+                    "peft has AdaLoRA for modules only: leave target_parameters out, or use method: lora",
+                )
+            )
+        if self.dropout.rate_pattern and not self.dropout.rescale:
+            problems.append(
+                (
+                    ("dropout.rate_pattern", "dropout.rescale"),
+                    "peft's AdaLoRA has one alpha for all layers, and rescale: false needs one for each rate: use "
+                    "rescale: true",
+                )
+            )
+        return problems
+
+    @property
+    def initial_rank(self) -> int:
+        """Rank of every layer when training begins."""
+        if self.method == "lora":
+            return self.rank
+        return self.adalora.initial_rank or -(-3 * self.rank // 2)
 
 
 class Source(Section):
@@ -309,6 +403,15 @@ class Recipe(Section):
                 (
                     ("distributed.offload", "distributed.zero"),
                     f"all needs distributed.zero 3, found {zero}: below it weights are not DeepSpeed's to move",
+                )
+            )
+        if self.adapter.method == "adalora" and zero == 3:
+            problems.append(
+                (
+                    ("distributed.zero", "adapter.method"),
+                    "zero 3 cuts adalora's P and Q into shards that only a layer's own forward puts together, and the "
+                    "orthogonality term and the allocation of ranks need them whole: use zero 2 or less, or method: "
+                    "lora",
                 )
             )
         if offload == "optimizer" and zero == 0:
