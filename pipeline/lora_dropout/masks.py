@@ -83,8 +83,8 @@ def coordinate_key(seed: int, purpose: str, coordinate: Coordinate) -> int:
 
 
 def threshold(rate: float) -> int:
-    """Largest int32 that means *kept*: of 2**32 equally likely numbers, (1-p) 2**32 are at most that."""
-    return round((1.0 - rate) * 2**32) - 1 - _HALF_RANGE
+    """Largest int32 that means *kept*: of 2**32 equally likely numbers, (1-p) 2**32 are at most that, and at least 1."""
+    return max(round((1.0 - rate) * 2**32), 1) - 1 - _HALF_RANGE
 
 
 def kept(
@@ -113,7 +113,10 @@ def kept(
         ValueError: balanced, and a coordinate's last number is not below N.
     """
     if balanced is not None:
-        return _balanced(words, seed, purpose, coordinates, thresholds, balanced)
+        each = torch.as_tensor(thresholds, dtype=torch.int32, device=words.device).expand(2 * len(words))
+        size = max(1, _MOST_WORDS // balanced)
+        pieces = zip(words.split(size), each.split(2 * size), strict=True)
+        return torch.cat([_balanced(*piece, seed, purpose, coordinates, balanced) for piece in pieces], dim=1)
     keys = [coordinate_key(seed, purpose, coordinate) for coordinate in coordinates]
     groups = max(1, _MOST_WORDS // max(1, len(words)))
     parts = [_decisions(words, keys[at : at + groups]) <= thresholds for at in range(0, len(keys), groups)]
@@ -122,10 +125,10 @@ def kept(
 
 def _balanced(
     words: torch.Tensor,
+    thresholds: torch.Tensor,
     seed: int,
     purpose: str,
     coordinates: Sequence[Coordinate],
-    thresholds: torch.Tensor | int,
     instances: int,
 ) -> torch.Tensor:
     """Every feature kept in K = floor((1-p) N + u) of N masks, u uniform, in K random ones of them: ``(G, F)`` bool.
@@ -135,7 +138,7 @@ def _balanced(
     """
     if any(not 0 <= coordinate[-1] < instances for coordinate in coordinates):
         raise ValueError(f"balanced over {instances} masks: their last coordinates are 0 to {instances - 1}")
-    below = torch.as_tensor(thresholds, dtype=torch.int64, device=words.device) + 1 + _HALF_RANGE  # (1-p) 2**32
+    below = thresholds.long() + 1 + _HALF_RANGE  # (F,): (1-p) 2**32
     whole, fraction = (below * instances) >> 32, (below * instances) & 0xFFFFFFFF
     result = torch.empty(len(coordinates), 2 * len(words), dtype=torch.bool, device=words.device)
     for prefix in dict.fromkeys(coordinate[:-1] for coordinate in coordinates):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -20,11 +21,16 @@ class Rates:
     """At the start of training, of every layer; it moves linearly to the layer's own at the end. None: constant."""
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for a rate outside [0, 1)."""
+        """Raise ``ValueError`` for a rate outside [0, 1) and for a pattern that is no regular expression."""
         given = {"rate": self.rate, **self.pattern, **({} if self.initial is None else {"initial": self.initial})}
         for name, rate in given.items():
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"the dropout rate is a probability below 1, found {rate} for {name!r}")
+        for pattern in self.pattern:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"rate_pattern: {pattern!r} is no regular expression: {error}") from error
 
     def of(self, name: str, progress: float = 1.0) -> float:
         """The rate of a layer when ``progress`` (0 to 1) of the training is done; the ensemble's is that at the end."""
