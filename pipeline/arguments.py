@@ -14,6 +14,9 @@ from pipeline.processes import launched
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import effective_training
 
+LAID_OUT_HERE = ("packing", "packing_strategy", "padding_free")
+"""Fields that the trainer carries out itself: trl's own way loses the dataset rows, by which masks are drawn."""
+
 
 def sft_config(recipe: Recipe, folder: Path) -> SFTConfig:
     """The trainer's arguments. Build them before loading the base: under ZeRO-3 they decide how it is loaded.
@@ -22,8 +25,9 @@ def sft_config(recipe: Recipe, folder: Path) -> SFTConfig:
         recipe: whose ``training`` section was checked against ``SFTConfig`` when it was read.
         folder: of the run; checkpoints go to ``checkpoints/`` in it.
     """
+    given = {name: value for name, value in effective_training(recipe).items() if name not in LAID_OUT_HERE}
     arguments = SFTConfig(
-        **{**effective_training(recipe), **_checkpointing(recipe)},
+        **{**given, **_checkpointing(recipe)},
         run_name=recipe.name,
         output_dir=str(folder / "checkpoints"),
         seed=recipe.seed,

@@ -4,7 +4,7 @@ Pure functions of numbers, so that each can be checked by hand. Exact: parameter
 states. Rough, and said to be so where it is shown: activations and working memory, to which the CUDA context and the
 allocator's fragments (about 1 GiB) come on top.
 
-Legend: R rows in one forward pass, T tokens per row, h hidden width, b bytes of the compute dtype.
+Legend: R rows in one forward pass, T tokens per row, G masks in one pass, h hidden width, b bytes of the compute dtype.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ NF4_BLOCK = 64
 """Weights that share one nf4 scale (bitsandbytes' default)."""
 DOUBLE_QUANTIZATION_BLOCK = 256
 """Scales that share one float32 scale of their own under double quantisation."""
+MOST_WORDS = 2**24
+"""64-bit words that LoRA Dropout hashes at once; each decides over two features (lora_dropout/masks.py)."""
 HEAD_TILE_TOKENS, HEAD_TILE_WORDS = 4096, 32768
 """trl's fused head computes logits in tiles of this size (trl 1.16: kernels/chunked_logprob.py, trainer/utils.py)."""
 
@@ -42,6 +44,10 @@ class ModelShape:
     """Attention heads."""
     linear_outputs: int
     """Output features of one decoder layer's linear layers, summed."""
+    masked_features: int = 0
+    """Features that a mask decides over: both sides of all adapted layers. 0 without LoRA Dropout."""
+    shared_weight: str | None = None
+    """An adapted layer whose weight is one tensor for all rows of a batch: with it, a pass has one mask."""
 
 
 def lora_parameters(shapes: Iterable[tuple[int, int]], rank: int) -> int:
@@ -112,6 +118,8 @@ class Numerics:
     """Activations are recomputed in backward."""
     eager_attention: bool = False
     """Attention keeps its scores."""
+    dense_mask: bool = False
+    """Attention reads a mask over all pairs of a row's tokens, as where several examples lie in one row."""
     moments_bytes: int = 8
     """Optimizer state per parameter: AdamW's two moments in float32."""
 
@@ -162,11 +170,32 @@ def activation_bytes(shape: ModelShape, rows: int, tokens: int, numerics: Numeri
 def working_bytes(shape: ModelShape, rows: int, tokens: int, numerics: Numerics) -> int:
     """Rough bytes that come and go within a step: a tile of logits, and the largest weight dequantised."""
     tile = min(rows * tokens, HEAD_TILE_TOKENS) * HEAD_TILE_WORDS * numerics.width
-    return tile + _dequantized(shape, numerics)
+    pairs = rows * tokens**2 * (1 + numerics.width) if numerics.dense_mask else 0  # as booleans, then as summands
+    return tile + _dequantized(shape, numerics) + pairs
 
 
 def _dequantized(shape: ModelShape, numerics: Numerics) -> int:
     return 0 if numerics.quantization == "none" else shape.largest_linear * numerics.width
+
+
+def mask_bytes(shape: ModelShape, masks: int, numerics: Numerics) -> int:
+    """Rough bytes of G masks within a step: what is hashed, bits, and per mask its own A and B for backward.
+
+    With checkpointing only the layer that is recomputed has its own A and B, and its bits as bytes.
+    """
+    held = masks * (shape.adapter_parameters * numerics.width + shape.masked_features)
+    bits = masks * math.ceil(shape.masked_features / 8)
+    return 4 * shape.masked_features + bits + (math.ceil(held / shape.layers) if numerics.checkpointing else held)
+
+
+def hashing_bytes(shape: ModelShape, masks: int, balanced: int) -> int:
+    """Rough bytes that making G masks takes before each pass, when no activations are there yet.
+
+    Hashing holds about three arrays of 64-bit words, packing three of bytes per feature. Balancing over N masks sorts:
+    about four arrays of N 64-bit numbers per feature.
+    """
+    features = shape.masked_features
+    return 24 * min(masks * features // 2, MOST_WORDS) + 3 * masks * features + 32 * balanced * features
 
 
 @dataclass(frozen=True)
@@ -182,10 +211,12 @@ class RankMemory:
     gradients: int
     optimizer: int
     """float32 masters and the optimizer's moments."""
+    masks: int
+    """LoRA Dropout's masks, and A and B once per mask. Rough."""
     activations: int
     """Rough."""
     working: int
-    """Rough."""
+    """What comes and goes. Rough."""
     load_peak: int
     """Most that loading the base takes, before DeepSpeed shards anything."""
 
@@ -197,7 +228,7 @@ class RankMemory:
     @property
     def step_peak(self) -> int:
         """Within a step."""
-        return self.at_rest + self.gathered + self.gradients + self.activations + self.working
+        return self.at_rest + self.gathered + self.gradients + self.masks + self.activations + self.working
 
     @property
     def peak(self) -> int:
@@ -217,6 +248,8 @@ def rank_memory(
     rows: int,
     tokens: int,
     offload: str = "none",
+    masks: int = 1,
+    balanced: int = 0,
 ) -> RankMemory:
     """Bytes on each rank's device.
 
@@ -228,15 +261,19 @@ def rank_memory(
         rows: R in one forward pass.
         tokens: T per row, at most.
         offload: the recipe's ``distributed.offload``, as far as the stage allows.
+        masks: G in one forward pass.
+        balanced: N where masks are balanced over N of them, else 0.
     """
     trained, width = shape.adapter_parameters, numerics.width
     base = base_bytes(shape, numerics)
     activations = activation_bytes(shape, rows, tokens, numerics)
-    working = working_bytes(shape, rows, tokens, numerics)
+    masked = mask_bytes(shape, masks, numerics) if shape.masked_features else 0
+    hashing = hashing_bytes(shape, masks, balanced)
+    working = max(working_bytes(shape, rows, tokens, numerics), hashing - activations)
     load_peak = base + _dequantized(shape, numerics)  # a weight is read in the compute dtype, then quantised
     if zero is PLAIN:
         moments = numerics.moments_bytes * trained
-        return RankMemory(base, 0, 4 * trained, 4 * trained, moments, activations, working, load_peak)
+        return RankMemory(base, 0, 4 * trained, 4 * trained, moments, masked, activations, working, load_peak)
     resting = math.ceil(base / processes) if zero == 3 else base
     gathered = 0
     if zero == 3:
@@ -254,6 +291,7 @@ def rank_memory(
         weights=_share(trained * width, processes, zero >= 3),
         gradients=_share(trained * width, processes, zero >= 2),
         optimizer=0 if optimizer_offloaded else _share(trained * (4 + numerics.moments_bytes), processes, zero >= 1),
+        masks=masked,
         activations=activations,
         working=working,
         load_peak=load_peak,

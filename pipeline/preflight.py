@@ -10,34 +10,18 @@ from dataclasses import dataclass, field
 import datasets
 import torch
 import transformers
-from accelerate import init_empty_weights
-from peft import get_peft_model
-from torch import nn
-from transformers import AutoModelForCausalLM
 
-from pipeline.adapter import check_target_modules, lora_config
 from pipeline.base import check_device, check_length, load_config, load_tokenizer
 from pipeline.data import LabelStatistics, label_statistics, tokenise
 from pipeline.data.load import load_rows, read_raw
 from pipeline.data.tokenise import IGNORED
 from pipeline.errors import UserError
-from pipeline.estimate import (
-    PLAIN,
-    Batch,
-    ModelShape,
-    Numerics,
-    RankMemory,
-    batch,
-    checkpoint_bytes,
-    checkpoints_on_disk,
-    in_words,
-    rank_memory,
-)
+from pipeline.estimate import Batch, ModelShape, RankMemory, checkpoint_bytes, checkpoints_on_disk, in_words
+from pipeline.execution import Choice, check_shared_weight, chosen_execution, device_memory
+from pipeline.forecast import batch_of, memory_by_stage, model_shape, numerics_of, packed_count
 from pipeline.recipe import Recipe, schema
 from pipeline.recipe.training import resolved_training
 from pipeline.run_folder import check_run_folder, run_folder
-
-STAGES: tuple[int | None, ...] = (PLAIN, 0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -50,6 +34,8 @@ class Sample:
     """Of them."""
     training_rows: int
     """Of all the training data, after the split."""
+    packed_rows: int
+    """About how many rows they are packed into; as many, where the recipe does not pack."""
     validation_rows: int
     """0 where the recipe measures none."""
 
@@ -80,6 +66,8 @@ class Findings:
     recipe: Recipe
     tokenizer: transformers.PreTrainedTokenizerBase
     shape: ModelShape | None = None
+    choice: Choice | None = None
+    """How mask instances run, on a device like this machine's."""
     sample: Sample | None = None
     batch: Batch | None = None
     memory: dict[int | None, RankMemory] = field(default_factory=dict)
@@ -112,41 +100,41 @@ def examine(recipe: Recipe, rows: int, processes: int) -> Findings:
         findings.errors.append(str(error))
     if findings.sample is not None:
         _judge_labels(findings, findings.sample)
-        findings.batch = batch_of(recipe, findings.sample.training_rows, processes)
+    mean_length = _mean_length(findings)
     if findings.shape is not None:
-        rows_per_pass = batch_of(recipe, 1, processes).rows_per_pass
-        findings.memory = memory_by_stage(recipe, findings.shape, processes, rows_per_pass)
+        _choose_execution(findings, findings.shape, processes, mean_length)
+    execution = findings.choice.execution if findings.choice else "batched"
+    if findings.sample is not None:
+        findings.batch = batch_of(recipe, findings.sample.packed_rows, processes, execution)
+    if findings.shape is not None:
+        findings.memory = memory_by_stage(recipe, findings.shape, processes, execution, mean_length)
     if findings.shape is not None and findings.batch is not None:
         findings.disk = disk_forecast(recipe, findings.shape, findings.batch)
         _judge_resources(findings, findings.disk)
     return findings
 
 
-def model_shape(config: transformers.PretrainedConfig, recipe: Recipe) -> ModelShape:
-    """Sizes of base and adapter, from empty modules on torch's meta device: no weight is read.
+def _mean_length(findings: Findings) -> float:
+    """Tokens per example; the most there may be, where no row could be read."""
+    if findings.sample is None:
+        return findings.recipe.data.max_length
+    return findings.sample.statistics.tokens / findings.sample.statistics.rows
 
-    Raises:
-        UserError: a target module that the model has not.
-    """
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.base.trust_remote_code)
-    model.tie_weights()  # init_empty_weights gives each module a parameter of its own
-    head = model.get_output_embeddings()
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    check_target_modules(model, recipe.adapter)
-    adapted = get_peft_model(model, lora_config(recipe.adapter), low_cpu_mem_usage=True)
-    text = config.get_text_config()
-    return ModelShape(
-        parameters=parameters,
-        quantizable=sum(module.weight.numel() for module in linear),
-        largest_linear=max((module.weight.numel() for module in linear), default=0),
-        adapter_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        linear_outputs=sum(module.out_features for module in linear) // text.num_hidden_layers,
-    )
+
+def _choose_execution(findings: Findings, shape: ModelShape, processes: int, mean_length: float) -> None:
+    """What training would choose on this machine, or refuse."""
+    recipe, on_gpu = findings.recipe, torch.cuda.is_available()
+    judged = findings.errors if on_gpu else findings.warnings  # without a GPU this may be a login node
+    try:
+        check_shared_weight(recipe, shape)
+    except UserError as error:
+        findings.errors.append(str(error))
+        return
+    device = device_memory(1 if on_gpu else processes)
+    try:
+        findings.choice = chosen_execution(recipe, shape, mean_length, device, recipe.distributed.zero, processes)
+    except UserError as error:
+        judged.append(str(error))
 
 
 def first_rows(recipe: Recipe, tokenizer: transformers.PreTrainedTokenizerBase, rows: int) -> Sample:
@@ -165,7 +153,9 @@ def first_rows(recipe: Recipe, tokenizer: transformers.PreTrainedTokenizerBase, 
     elif data.validation is not None and data.validation.fraction is not None:
         held_out = math.ceil(count * data.validation.fraction)
         count -= held_out
-    return Sample(tokenised, label_statistics(tokenised), count, held_out)
+    statistics = label_statistics(tokenised)
+    packed = packed_count(recipe, count, statistics.tokens / statistics.rows)
+    return Sample(tokenised, statistics, count, packed, held_out)
 
 
 def _first(source: schema.Source, rows: int) -> schema.Source:
@@ -182,52 +172,6 @@ def spans(labels: list[int]) -> list[tuple[int, int, bool]]:
     trained = [index > 0 and label != IGNORED for index, label in enumerate(labels)]
     edges = [0, *(i for i in range(1, len(labels)) if trained[i] != trained[i - 1]), len(labels)]
     return [(start, end, trained[start]) for start, end in itertools.pairwise(edges) if end > start]
-
-
-def batch_of(recipe: Recipe, rows: int, processes: int) -> Batch:
-    """Batch arithmetic of the recipe over so many training rows."""
-    training, dropout = resolved_training(recipe), recipe.adapter.dropout
-    return batch(
-        rows=rows,
-        micro_batch=training["per_device_train_batch_size"],
-        accumulation=training["gradient_accumulation_steps"],
-        processes=processes,
-        epochs=training["num_train_epochs"],
-        max_steps=training["max_steps"],
-        instances=dropout.instances,
-        batched=dropout.execution == "batched",
-    )
-
-
-def numerics_of(recipe: Recipe) -> Numerics:
-    """How the recipe stores numbers."""
-    training = resolved_training(recipe)
-    return Numerics(
-        quantization=recipe.base.quantization,
-        dtype=recipe.base.dtype,
-        double_quantization=recipe.base.double_quantization,
-        checkpointing=training["activation_checkpointing"],
-        eager_attention=recipe.base.attention == "eager",
-        moments_bytes=2 if "8bit" in training["optim"] else 8,
-    )
-
-
-def memory_by_stage(
-    recipe: Recipe, shape: ModelShape, processes: int, rows_per_pass: int
-) -> dict[int | None, RankMemory]:
-    """Bytes per rank under plain python and under each ZeRO stage, all else as in the recipe."""
-    return {
-        stage: rank_memory(
-            shape,
-            numerics_of(recipe),
-            stage,
-            1 if stage is PLAIN else processes,
-            rows_per_pass,
-            recipe.data.max_length,
-            recipe.distributed.offload,
-        )
-        for stage in STAGES
-    }
 
 
 def disk_forecast(recipe: Recipe, shape: ModelShape, run: Batch) -> Disk:
@@ -292,11 +236,11 @@ def _judge_resources(findings: Findings, disk: Disk) -> None:
             f"{run_folder(findings.recipe)}.\nLower training.save_total_limit, or choose another output."
         )
     if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(0)
+        device = device_memory()
         needed = findings.memory[findings.recipe.distributed.zero].peak
-        if needed > device.total_memory:
+        if needed > device.total:
             findings.warnings.append(
-                f"memory: about {in_words(needed)} per rank, and {device.name} has {in_words(device.total_memory)}.\n"
+                f"memory: about {in_words(needed)} per rank, and {device.device} has {in_words(device.total)}.\n"
                 "In this order: a smaller training.per_device_train_batch_size with more gradient_accumulation_steps, "
                 "adapter.dropout.execution=sequential, a shorter data.max_length, a higher distributed.zero."
             )

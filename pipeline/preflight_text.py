@@ -10,8 +10,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.estimate import PLAIN, Batch, ModelShape, RankMemory, in_words
+from pipeline.execution import Choice
 from pipeline.preflight import Disk, Findings, Sample, spans
-from pipeline.recipe import Recipe
 
 OPEN, CLOSE = "⟦", "⟧"
 """Around trained tokens."""
@@ -37,7 +37,7 @@ def _parts(findings: Findings) -> Iterator[tuple[str, RenderableType]]:
         yield "first example", masked_example(findings.sample, findings.tokenizer)
         yield "labels", label_table(findings.sample)
     if findings.batch is not None and findings.sample is not None:
-        yield "batch", batch_text(findings.batch, findings.sample, findings.recipe)
+        yield "batch", batch_text(findings.batch, findings.sample, findings.choice)
     if findings.shape is not None:
         yield "parameters", parameter_text(findings.shape)
         yield "memory per rank", memory_table(findings)
@@ -74,23 +74,27 @@ def label_table(sample: Sample) -> RenderableType:
     return Group(table, Text(counts))
 
 
-def batch_text(run: Batch, sample: Sample, recipe: Recipe) -> Text:
+def batch_text(run: Batch, sample: Sample, choice: Choice | None) -> Text:
     """The arithmetic from micro-batch to the whole run."""
     validation = f", {sample.validation_rows:,} held out" if sample.validation_rows else ""
+    packed = sample.packed_rows < sample.training_rows
+    rows = f", in about {sample.packed_rows:,} packed rows" if packed else ""
+    unit = "packed rows" if packed else "examples"
     lines = [
-        f"{run.micro_batch} examples x {run.accumulation} accumulation x {_processes(run.processes)} = "
-        f"{run.examples_per_step} examples per optimizer step",
-        f"{sample.training_rows:,} training rows{validation}: {run.steps_per_epoch:,} steps per epoch, "
+        f"{run.micro_batch} {unit} x {run.accumulation} accumulation x {_processes(run.processes)} = "
+        f"{run.examples_per_step} {unit} per optimizer step",
+        f"{sample.training_rows:,} training rows{validation}{rows}: {run.steps_per_epoch:,} steps per epoch, "
         f"{run.steps:,} steps in all",
     ]
     if run.instances > 1:
-        dropout = recipe.adapter.dropout
         how = (
             f"one batch of {run.rows_per_pass} rows"
-            if dropout.execution == "batched"
+            if run.rows_per_pass > run.micro_batch
             else f"{run.instances} passes of {run.rows_per_pass} rows, one after another"
         )
         lines.append(f"each micro-batch is computed under {run.instances} masks: {how}")
+        if choice is not None:
+            lines.append(choice.reason)
     return Text("\n".join(lines))
 
 
@@ -107,8 +111,9 @@ ROWS: tuple[tuple[str, Callable[[RankMemory], int]], ...] = (
     ("= between steps", lambda memory: memory.at_rest),
     ("gathered base", lambda memory: memory.gathered),
     ("gradients", lambda memory: memory.gradients),
+    ("masks (rough)", lambda memory: memory.masks),
     ("activations (rough)", lambda memory: memory.activations),
-    ("logits, dequantising (rough)", lambda memory: memory.working),
+    ("comes and goes (rough)", lambda memory: memory.working),
     ("= peak within a step", lambda memory: memory.step_peak),
     ("peak while loading", lambda memory: memory.load_peak),
 )

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from pipeline.adapter import check_target_modules
 from pipeline.adapter_files import save_adapter, settings_of
 from pipeline.arguments import check_reporters, sft_config
 from pipeline.base import check_device, check_length, load_base, load_config, load_tokenizer
 from pipeline.data import Splits, load_splits
 from pipeline.distributed import adapter_weights, check_launch, zero_stage
 from pipeline.errors import UserError
+from pipeline.execution import Choice, execution_in_force
+from pipeline.forecast import model_shape
 from pipeline.interrupt import InterruptCallback
 from pipeline.model_card import write_model_card
 from pipeline.processes import is_main
@@ -64,18 +66,20 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
     check_run_folder(recipe, overwrite)
     check_launch(recipe)
     check_device(recipe.base)
-    check_length(load_config(recipe.base, zero_stage(recipe)), recipe.base, recipe.data.max_length)
+    config = load_config(recipe.base, zero_stage(recipe))
+    check_length(config, recipe.base, recipe.data.max_length)
     check_reporters(recipe)
+    shape = model_shape(config, recipe)  # before the arguments, with which ZeRO-3 cuts every new model into shards
     tokenizer = load_tokenizer(recipe.base)
     folder = run_folder(recipe)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
     arguments = sft_config(recipe, folder)
     splits = load_splits(recipe, tokenizer)
-    record = provenance(recipe, splits.sources)
+    choice = execution_in_force(recipe, shape, splits.statistics.tokens / splits.statistics.rows)
+    record = {**provenance(recipe, splits.sources), "execution": choice.reason}
 
     set_seed(recipe.seed)
     model = load_base(recipe.base)
-    check_target_modules(model, recipe.adapter)
     if is_main():
         create_run_folder(recipe)
     PartialState().wait_for_everyone()
@@ -88,10 +92,11 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
         train=splits.train,
         evaluation=_measured(splits),
         callbacks=[interrupt],
+        execution=choice.execution,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(PlainWordsCallback(folder / HISTORY_FILE))  # in its place
-    _announce(trainer, splits)
+    _announce(trainer, splits, choice)
     trainer.train()
     if interrupt.interrupted:
         if is_main():
@@ -111,7 +116,7 @@ def _measured(splits: Splits) -> dict[str, Any] | None:
     return {"validation": splits.validation, "probe": splits.probe}
 
 
-def _announce(trainer: LoraDropoutTrainer, splits: Splits) -> None:
+def _announce(trainer: LoraDropoutTrainer, splits: Splits, choice: Choice) -> None:
     """Say what is about to run; main process only."""
     if not is_main():
         return
@@ -119,17 +124,22 @@ def _announce(trainer: LoraDropoutTrainer, splits: Splits) -> None:
     trained, total = trainer.adapted.get_nb_trainable_parameters()
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     layers = len(trainer.dropout.layers) if trainer.dropout else 0
+    assert isinstance(trainer.train_dataset, Dataset)
+    packed_rows = len(trainer.train_dataset)
+    packed = f", packed into {packed_rows:,} rows" if packed_rows < len(splits.train) else ""
+    if choice.warning:
+        print(f"warning: {choice.warning}")
     for split, rows in splits.dropped.items():
         if rows:
             listed = ", ".join(str(row + 1) for row in rows[:10]) + (", ..." if len(rows) > 10 else "")
             print(f"warning: {len(rows)} {split} rows have no trained token and are left out (rows {listed})")
     print(
-        f"{len(splits.train):,} training rows ({splits.statistics.trained_tokens:,} trained tokens), "
+        f"{len(splits.train):,} training rows ({splits.statistics.trained_tokens:,} trained tokens{packed}), "
         f"{len(splits.validation) if splits.validation else 0:,} validation rows\n"
         f"{trained:,} trained of {total:,} parameters; LoRA Dropout on {layers} layers\n"
-        f"{batch} examples per step = {arguments.per_device_train_batch_size} rows "
+        f"{batch} {'packed rows' if packed else 'examples'} per step = {arguments.per_device_train_batch_size} rows "
         f"x {arguments.gradient_accumulation_steps} accumulation x {arguments.world_size} process(es)"
-        + (f"; each as {trainer.copies} copies" if trainer.dropout and trainer.copies > 1 else "")
+        + (f"; each as {trainer.copies} copies\ninstances: {choice.reason}" if trainer.copies > 1 else "")
     )
 
 
@@ -148,7 +158,7 @@ def out_of_memory_advice(recipe: Recipe) -> str:
     """What to change, what costs least first."""
     dropout = recipe.adapter.dropout
     advice = []
-    if dropout.rate > 0 and dropout.instances > 1 and dropout.execution != "sequential":
+    if dropout.instances > 1 and dropout.execution != "sequential":
         advice.append("adapter.dropout.execution=sequential (1/N of the activations, same loss, slower)")
     advice.append("training.per_device_train_batch_size lower, training.gradient_accumulation_steps higher by as much")
     if not resolved_training(recipe)["activation_checkpointing"]:

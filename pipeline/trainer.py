@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,31 +13,23 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.adapter import lora_config
+from pipeline.data.packing import RowCollator, copied_batch, packed_rows, single_rows
 from pipeline.distributed import FirstStepCallback, register_adapter_weights
-from pipeline.lora_dropout import LoraDropout, copied_rows, example_coordinates, instance_coordinates
+from pipeline.dropout import recipe_dropout
+from pipeline.forecast import Execution
+from pipeline.lora_dropout import example_coordinates, instance_coordinates
 from pipeline.recipe import Recipe
+from pipeline.recipe.training import resolved_training
 
 PURPOSE = "train"
-
-
-@dataclass
-class RowCollator(DataCollatorForLanguageModeling):
-    """trl's collator, which also carries ``row``, each example's place in the dataset: ``(B,)`` int64."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Padded tensors ``(B, T)`` and ``row``."""
-        batch = super().torch_call(examples)
-        batch["row"] = torch.tensor([example["row"] for example in examples])
-        return batch
 
 
 class LoraDropoutTrainer(SFTTrainer):
     """Supervised fine-tuning with LoRA Dropout.
 
-    With ``rate`` 0 and one instance every line that runs in training is trl's. Otherwise ``training_step`` runs
+    Without masks every line that runs in training is trl's, but for packing. Otherwise ``training_step`` runs
     trl's own step inside the mask context, on a batch of copies (or several times), so that forward, recomputation
     and backward see the same masks.
     """
@@ -51,6 +43,7 @@ class LoraDropoutTrainer(SFTTrainer):
         train: Dataset,
         evaluation: dict[str, Dataset] | None,
         callbacks: list[TrainerCallback],
+        execution: Execution | None = None,
     ) -> None:
         """Put the adapter on the base and get ready.
 
@@ -62,24 +55,28 @@ class LoraDropoutTrainer(SFTTrainer):
             train: columns ``input_ids``, ``labels``, ``row``.
             evaluation: datasets with the same columns, by name, whose loss is measured with masks off.
             callbacks: besides the trainer's own.
+            execution: how instances run; None, as the recipe says, and ``auto`` is batched.
+
+        Raises:
+            UserError: an adapted layer that cannot be masked; a rate for a module without an adapter.
         """
         super().__init__(
             model=model,
             args=arguments,
             data_collator=RowCollator(
-                pad_token_id=tokenizer.pad_token_id,
-                pad_to_multiple_of=arguments.pad_to_multiple_of,  # type: ignore[arg-type]  # "auto" is resolved
+                tokenizer.pad_token_id,
+                arguments.pad_to_multiple_of,  # type: ignore[arg-type]  # "auto" is resolved
             ),
-            train_dataset=train,
+            train_dataset=_laid_out(train, recipe),
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=lora_config(recipe.adapter),
             callbacks=callbacks,
         )
-        dropout = recipe.adapter.dropout
-        self.settings = dropout
-        self.copies = dropout.instances
-        self.dropout = LoraDropout(self.adapted, dropout.rate, recipe.seed) if dropout.rate > 0 else None
+        self.settings = recipe.adapter.dropout
+        self.copies = self.settings.instances
+        self.sequential = (execution or self.settings.execution) == "sequential"
+        self.dropout = recipe_dropout(self.adapted, recipe)
         self._micro_batch = 0
         self._evaluated: list[torch.Tensor] = []
         if self.is_deepspeed_enabled:
@@ -109,25 +106,27 @@ class LoraDropoutTrainer(SFTTrainer):
 
         Args:
             model: as wrapped for training.
-            inputs: ``(B, T)`` tensors and ``row`` ``(B,)``.
+            inputs: of :class:`RowCollator`.
             num_items_in_batch: trained tokens of the whole optimizer step, over all ranks.
 
         Returns:
             The micro-batch's share of the step's loss, detached.
         """
-        rows = inputs.pop("row").tolist()
+        rows, lengths = inputs.pop("row"), inputs.pop("lengths", None)
         if self.dropout is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        items = None if num_items_in_batch is None else num_items_in_batch * self.copies
+        coordinates = self._coordinates(rows)
         counted = self._total_train_tokens
-        if self.settings.execution != "sequential":
-            with self.dropout.masks(PURPOSE, self._coordinates(rows)):
-                loss = super().training_step(
-                    model, copied_rows(inputs, self.copies), _multiplied(num_items_in_batch, self.copies)
-                )
+        if self.sequential:
+            loss = self._one_after_another(model, inputs, coordinates, lengths, items)
         else:
-            loss = self._one_after_another(model, inputs, rows, num_items_in_batch)
-        # trl counts the tokens of every copy; a token is one token of the data
-        self._total_train_tokens = counted + (self._total_train_tokens - counted) // self.copies
+            copied = copied_batch(inputs, self.copies)
+            with self._masks(copied, coordinates, lengths):
+                loss = super().training_step(model, copied, items)
+        # trl counts every pass, and of a padded batch every copy; a token is one token of the data
+        repeats = self.copies if self.sequential or lengths is None else 1
+        self._total_train_tokens = counted + (self._total_train_tokens - counted) // repeats
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         self._micro_batch = 0 if self.accelerator.sync_gradients else self._micro_batch + 1
         return loss
@@ -139,20 +138,42 @@ class LoraDropoutTrainer(SFTTrainer):
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         return instance_coordinates(self.state.global_step, self._micro_batch, rank, ranks, self.copies)
 
+    def _masks(
+        self, batch: dict[str, Any], coordinates: Sequence[tuple[int, ...]], lengths: list[int] | None
+    ) -> AbstractContextManager[None]:
+        """Context of one pass.
+
+        Args:
+            batch: as the model gets it.
+            coordinates: of its masks, copy-major.
+            lengths: tokens of each example in one copy, where several lie in a row.
+        """
+        assert self.dropout is not None
+        each = None  # instance masks are for whole rows
+        if lengths is not None and self.settings.sampling == "example":
+            each = lengths * (len(coordinates) // len(lengths))
+        return self.dropout.masks(
+            PURPOSE,
+            coordinates,
+            rows=batch["input_ids"].shape[0],
+            lengths=each,
+            balanced=self.copies if self.settings.balanced else None,
+            progress=self.state.global_step / max(self.state.max_steps - 1, 1),
+        )
+
     def _one_after_another(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
-        rows: list[int],
-        num_items_in_batch: torch.Tensor | int | None,
+        coordinates: list[tuple[int, ...]],
+        lengths: list[int] | None,
+        items: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """The copies in sequence: the loss and gradient of the batch of copies, with one copy's activations.
 
         Gradients are exchanged, and under DeepSpeed the optimizer steps, with the last copy only: accelerate's
         wrapper steps the engine inside ``backward`` whenever ``sync_gradients`` is set.
         """
-        assert self.dropout is not None
-        coordinates = self._coordinates(rows)
         groups = len(coordinates) // self.copies
         state = self.accelerator.gradient_state
         synchronise = state.sync_gradients
@@ -161,8 +182,8 @@ class LoraDropoutTrainer(SFTTrainer):
             last = copy == self.copies - 1
             state._set_sync_gradients(synchronise and last)
             apart = nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
-            with apart, self.dropout.masks(PURPOSE, coordinates[copy * groups : (copy + 1) * groups]):
-                total += super().training_step(model, dict(inputs), _multiplied(num_items_in_batch, self.copies))
+            with apart, self._masks(inputs, coordinates[copy * groups : (copy + 1) * groups], lengths):
+                total += super().training_step(model, dict(inputs), items)
         return total
 
     def prediction_step(
@@ -192,9 +213,12 @@ class LoraDropoutTrainer(SFTTrainer):
         return output._replace(metrics={**(output.metrics or {}), f"{prefix}_loss": losses / tokens})
 
 
-def _multiplied(items: torch.Tensor | int | None, copies: int) -> torch.Tensor | int | None:
-    """Trained tokens of the batch of copies."""
-    return None if items is None else items * copies
+def _laid_out(rows: Dataset, recipe: Recipe) -> Dataset:
+    """Training rows as batches are made of them: padded, packed, or put together without padding."""
+    training = resolved_training(recipe)
+    if training["packing"]:
+        return packed_rows(rows, recipe.data.max_length)
+    return single_rows(rows) if training["padding_free"] else rows
 
 
 def _keep_float32_masters(model: PeftModel) -> None:

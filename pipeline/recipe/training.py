@@ -23,7 +23,7 @@ from pipeline.recipe.words import expected, hint
 
 _DEEPSPEED = "DeepSpeed shards and reduces here: see distributed"
 _COMPLETIONS = "the loss is on completions only; what they are is data.train's format, columns and prompt"
-_NO_PACKING = "packing is not supported yet: an example's masks must follow the example"
+_EVAL_PACKING = "validation rows are never packed: each keeps its own loss"
 _COLLATOR = "the collator carries each example's dataset row for its masks, and hands over what the trainer reads"
 _LOSS_ONLY = "validation during training measures the loss; metrics are the eval section's"
 _RESUME = "resuming is not supported yet"
@@ -90,16 +90,13 @@ REFUSED: Mapping[str, str] = {
     "do_train": "launch/sft.py trains",
     "do_eval": "set data.validation; eval_strategy says when",
     "do_predict": "the eval section scores the adapter",
+    "eval_packing": _EVAL_PACKING,
     # what would change the experiment without a word, or hide that something is wrong
     "auto_find_batch_size": "a batch size that halves itself changes the experiment: set per_device_train_batch_size",
     "average_tokens_across_devices": "always on: the loss is the mean over all ranks' trained tokens",
     "logging_nan_inf_filter": "always off: a loss that is not finite must be seen",
     "hub_token": "a token in a recipe ends up in every report: run `hf auth login` or set HF_TOKEN",
     # not supported yet
-    "packing": _NO_PACKING,
-    "packing_strategy": _NO_PACKING,
-    "eval_packing": _NO_PACKING,
-    "padding_free": _NO_PACKING,
     "label_smoothing_factor": _FUSED_LOSS,
     "loss_type": _FUSED_LOSS,
     "use_liger_kernel": _FUSED_LOSS,
@@ -290,6 +287,7 @@ def sft_contradictions(recipe: Recipe) -> Contradiction | None:
         *_evaluation_contradictions(recipe),
         *_checkpointing_contradictions(recipe),
         *_fractional_steps(recipe),
+        *_packing_contradictions(recipe),
     ]
     return Contradiction(*problems) if problems else None
 
@@ -345,3 +343,10 @@ def _fractional_steps(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
                 (f"training.{key}",),
                 f"found {steps}, expected a whole number of steps, or below 1 a share of them all",
             )
+
+
+def _packing_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    strategy = recipe.training.get("packing_strategy", "bfd")
+    if strategy != "bfd":
+        message = f"{strategy} cuts an example over several rows, and its parts would be trained as examples: use bfd"
+        yield ("training.packing_strategy",), message

@@ -27,7 +27,7 @@ from pipeline.estimate import (
     quantization_constants_bytes,
     rank_memory,
 )
-from pipeline.preflight import model_shape
+from pipeline.forecast import model_shape
 from pipeline.recipe import Recipe
 
 NF4 = Numerics("nf4", "bfloat16")

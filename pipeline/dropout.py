@@ -1,0 +1,62 @@
+"""LoRA Dropout as a recipe asks for it."""
+
+from __future__ import annotations
+
+import re
+
+from peft import PeftModel
+
+from pipeline.errors import UserError
+from pipeline.lora_dropout import LoraDropout
+from pipeline.lora_dropout.attach import masked_layers
+from pipeline.lora_dropout.rates import Rates
+from pipeline.recipe import Recipe
+
+ADAPTER_NAME = "default"
+
+
+def recipe_dropout(model: PeftModel, recipe: Recipe) -> LoraDropout | None:
+    """The masks of the model's adapter; None where the recipe masks nothing.
+
+    Raises:
+        UserError: an adapted layer that cannot be masked; a rate for a module without an adapter.
+    """
+    settings = recipe.adapter.dropout
+    if not settings.masked:
+        return None
+    try:
+        names = list(masked_layers(model, ADAPTER_NAME))
+    except ValueError as error:
+        raise UserError(f"adapter.target_modules: {error}.\nOr train without masks: adapter.dropout.rate=0.") from error
+    check_rate_pattern(settings.rate_pattern, names)
+    return LoraDropout(
+        model,
+        settings.rate,
+        recipe.seed,
+        ADAPTER_NAME,
+        rate_pattern=settings.rate_pattern,
+        initial_rate=settings.initial_rate,
+    )
+
+
+def check_rate_pattern(pattern: dict[str, float], names: list[str]) -> None:
+    """Every key must name a module that holds the adapter.
+
+    Raises:
+        UserError: names the key, and the modules there are.
+    """
+    for key in pattern:
+        try:
+            found = not Rates(0.0, {key: 0.0}).unused(names)
+        except re.error as error:
+            raise UserError(
+                f"adapter.dropout.rate_pattern: {key!r} is no regular expression: {error}.\n"
+                "Give a module's name, its end from a dot on, or a regular expression that matches it whole."
+            ) from error
+        if not found:
+            endings = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(
+                f"adapter.dropout.rate_pattern: {key!r} names no module that holds the adapter.\n"
+                f"There are: {', '.join(endings)}, e.g. {names[0]}; a key is the end of such a name from a dot on, or "
+                "a regular expression that matches it whole."
+            )
