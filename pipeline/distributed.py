@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -73,7 +74,7 @@ def register_adapter_weights(model: nn.Module) -> None:
     from deepspeed.runtime.zero import register_external_parameter
 
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer):  # which ZeRO-3 does not have
             for weights in (module.lora_A, module.lora_B):
                 for linear in weights.values():
                     register_external_parameter(module, linear.weight)
