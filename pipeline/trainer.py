@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from pipeline.adalora import RankAllocation, orthogonality_loss
 from pipeline.adapter import lora_config
 from pipeline.data.packing import RowCollator, copied_batch, packed_rows, single_rows
 from pipeline.distributed import FirstStepCallback, register_adapter_weights
@@ -77,6 +79,10 @@ class LoraDropoutTrainer(SFTTrainer):
         self.copies = self.settings.instances
         self.sequential = (execution or self.settings.execution) == "sequential"
         self.dropout = recipe_dropout(self.adapted, recipe)
+        self.allocation: RankAllocation | None = None
+        if recipe.adapter.method == "adalora":
+            self.allocation = RankAllocation(self.adapted, self.accelerator, recipe.adapter.adalora)
+            self.add_callback(self.allocation)
         self._micro_batch = 0
         self._evaluated: list[torch.Tensor] = []
         if self.is_deepspeed_enabled:
@@ -112,6 +118,39 @@ class LoraDropoutTrainer(SFTTrainer):
         Returns:
             The micro-batch's share of the step's loss, detached.
         """
+        loss = self._step_under_masks(model, inputs, num_items_in_batch)
+        if self.allocation is not None and self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+            self.allocation.observe()
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """trl's loss, and AdaLoRA's orthogonality term, whose unweighted value is logged as ``orthogonality``.
+
+        The term does not depend on data: it goes into the pass that ends an optimizer step, the last copy of the last
+        micro-batch, and into no other. There every rank adds it, and averaging over ranks leaves it as it is.
+        """
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.allocation is None or not self.model.training or not self.accelerator.sync_gradients:
+            return loss
+        orthogonality = orthogonality_loss(self.adapted)
+        self._metrics["train"]["orthogonality"].append(orthogonality.item())
+        return loss + self.allocation.config.orth_reg_weight * orthogonality
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.allocation is not None and checkpoint is not None:
+            self.allocation.restore(Path(checkpoint))
+
+    def _step_under_masks(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """:meth:`training_step` without AdaLoRA."""
         rows, lengths = inputs.pop("row"), inputs.pop("lengths", None)
         if self.dropout is None:
             return super().training_step(model, inputs, num_items_in_batch)
