@@ -2,9 +2,9 @@
 
 Source: Zhang et al., *Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning*, arXiv 2303.10512; its equation
 numbers below. ``dW = P Lambda Q``; peft names P ``lora_B`` ``(out, r)``, Lambda ``lora_E`` ``(r, 1)`` and Q ``lora_A``
-``(r, in)``, and has the layers, the schedule and the file format. Nobody calls its allocator in transformers or trl, and
-under DeepSpeed gradients are gone when callbacks fire; so this module does what ``AdaLoraModel.update_and_allocate``
-is for, with four differences:
+``(r, in)``, and has the layers, the schedule and the file format. Nobody calls its allocator in transformers or trl,
+and under DeepSpeed gradients are gone when callbacks fire; so this module does what
+``AdaLoraModel.update_and_allocate`` is for, with four differences:
 
 - Importance is taken at the weights that the gradient belongs to, as in the paper's algorithm 1, in float32, from
   gradients that are averaged over ranks and not clipped: one rule for plain python and every ZeRO stage.
@@ -152,9 +152,7 @@ class RankAllocation(TrainerCallback):
         """Remember the step."""
         self._step = state.global_step + 1
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the optimizer: allocate when it is time, and prune (equation 6)."""
         budget, due = self._tuner.rankallocator.budget_schedule(state.global_step)
         settled = state.global_step >= self.last_allocation

@@ -136,7 +136,7 @@ class LoraDropoutTrainer(SFTTrainer):
         micro-batch, and into no other. There every rank adds it, and averaging over ranks leaves it as it is.
         """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.allocation is None or not self.model.training or not self.accelerator.sync_gradients:
+        if self.allocation is None or not self.accelerator.sync_gradients:
             return loss
         orthogonality = orthogonality_loss(self.adapted)
         self._metrics["train"]["orthogonality"].append(orthogonality.item())

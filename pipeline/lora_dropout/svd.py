@@ -6,7 +6,7 @@ Equations 4-6 of arXiv 2404.09610. peft names P ``lora_B`` ``(out, r)``, Lambda 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
@@ -30,7 +30,13 @@ def scaled_q(layer: AdaLoraLayer, adapter_name: str, factor: float) -> torch.Ten
     return layer.lora_A.get_parameter(adapter_name) * (layer.lora_E.get_parameter(adapter_name).float() * scaling)
 
 
-class _MaskedPass(AdaLoraLayer):
+if TYPE_CHECKING:
+    _Stock = AdaLoraLayer
+else:
+    _Stock = object  # Python swaps a class only for one of the same layout: the shared part must be a bare mixin
+
+
+class _MaskedPass(_Stock):
     """What the masked subclasses share: peft's forward with another update."""
 
     masks: dict[str, LayerMasks]
