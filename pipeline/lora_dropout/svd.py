@@ -6,7 +6,8 @@ Equations 4-6 of arXiv 2404.09610. peft names P ``lora_B`` ``(out, r)``, Lambda 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
@@ -30,67 +31,72 @@ def scaled_q(layer: AdaLoraLayer, adapter_name: str, factor: float) -> torch.Ten
     return layer.lora_A.get_parameter(adapter_name) * (layer.lora_E.get_parameter(adapter_name).float() * scaling)
 
 
-if TYPE_CHECKING:
-    _Stock = AdaLoraLayer
-else:
-    _Stock = object  # Python swaps a class only for one of the same layout: the shared part must be a bare mixin
+def added_linear(
+    layer: AdaLoraLayer, adapter_name: str, masks: LayerMasks | None, result: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """``result`` plus the adapter's update, in the dtype of ``result``; without masks, an unmasked adapter's."""
+    dtype = compute_dtype(x)
+    weight_p = layer.lora_B.get_parameter(adapter_name).to(dtype)[None]
+    if masks is None:
+        return updated(result, x, scaled_q(layer, adapter_name, 1.0).to(dtype)[None], weight_p)
+    masks.check_rows(x)
+    masked_q = scaled_q(layer, adapter_name, masks.scale).to(dtype)[None] * masks.kept_in[:, None, :]
+    lengths = masks.packed_lengths(x.numel() // x.shape[-1])
+    return updated(result, x, masked_q, weight_p * masks.kept_out[:, :, None], lengths)
 
 
-class _MaskedPass(_Stock):
-    """What the masked subclasses share: peft's forward with another update."""
-
-    masks: dict[str, LayerMasks]
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As stock: the frozen layer, then the update of each active adapter."""
-        if self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # the next class is a stock layer
-        result = self.base_layer(x, *args, **kwargs)
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.lora_A and self.r[adapter_name] > 0:  # AdaLoRA may leave a layer nothing
-                cast = self._cast_input_dtype(x, self.lora_A.get_parameter(adapter_name).dtype)
-                dropped = self.lora_dropout[adapter_name](cast)
-                result = self.with_update(result, dropped, adapter_name, self.masks.get(adapter_name))
-        return result
-
-    def with_update(
-        self, result: torch.Tensor, x: torch.Tensor, adapter_name: str, masks: LayerMasks | None
-    ) -> torch.Tensor:
-        """``result`` plus an adapter's update, in the dtype of ``result``; without masks for another adapter."""
-        dtype = compute_dtype(x)
-        weight_p = self.lora_B.get_parameter(adapter_name).to(dtype)[None]
-        if masks is None:
-            return updated(result, x, scaled_q(self, adapter_name, 1.0).to(dtype)[None], weight_p)
-        masks.check_rows(x)
-        masked_q = scaled_q(self, adapter_name, masks.scale).to(dtype)[None] * masks.kept_in[:, None, :]
-        lengths = masks.packed_lengths(x.numel() // x.shape[-1])
-        return updated(result, x, masked_q, weight_p * masks.kept_out[:, :, None], lengths)
+def added_convolution(
+    layer: AdaLoraLayer, adapter_name: str, masks: LayerMasks | None, result: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """The same for a convolution: masks on channels (see ``convolution.py``), P Lambda Q as one kernel, as in stock."""
+    base = layer.get_base_layer()
+    assert isinstance(base, nn.Conv2d)
+    q = scaled_q(layer, adapter_name, 1.0 if masks is None else masks.scale)
+    kernel = (layer.lora_B.get_parameter(adapter_name).to(q.dtype) @ q).to(compute_dtype(x))
+    kernel = kernel.view(base.out_channels, base.in_channels, *base.kernel_size)
+    if masks is not None:
+        check_batch(masks, x, base.kernel_size)
+        x = x * channel_mask(masks.kept_in, x)
+    output = F.conv2d(x, kernel, None, base.stride, base.padding, base.dilation, base.groups)
+    if masks is not None:
+        output = output * channel_mask(masks.kept_out, output)
+    return (result + output).to(result.dtype)
 
 
-class MaskedSVDLinear(_MaskedPass, SVDLinear):
+Update = Callable[[AdaLoraLayer, str, LayerMasks | None, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def masked_pass(layer: AdaLoraLayer, update: Update, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The frozen layer's ``result`` plus the update of each active adapter, as in stock."""
+    masks = layer.__dict__["masks"]
+    for adapter_name in layer.active_adapters:
+        if adapter_name in layer.lora_A and layer.r[adapter_name] > 0:  # AdaLoRA may leave a layer no rank
+            x = layer._cast_input_dtype(x, layer.lora_A.get_parameter(adapter_name).dtype)
+            result = update(layer, adapter_name, masks.get(adapter_name), result, layer.lora_dropout[adapter_name](x))
+    return result
+
+
+# A class can only be swapped for one with the same single base, so each repeats the same few lines.
+
+
+class MaskedSVDLinear(SVDLinear):
     """``SVDLinear`` while masks are active."""
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Masked."""
+        if self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        return masked_pass(self, added_linear, self.base_layer(x, *args, **kwargs), x)
 
-class MaskedSVDConv2d(_MaskedPass, SVDConv2d):
-    """``SVDConv2d`` while masks are active: masks act on channels, as in ``convolution.py``."""
 
-    def with_update(
-        self, result: torch.Tensor, x: torch.Tensor, adapter_name: str, masks: LayerMasks | None
-    ) -> torch.Tensor:
-        """See above; stock multiplies P Lambda Q out into one kernel, too."""
-        base = self.get_base_layer()
-        assert isinstance(base, nn.Conv2d)
-        q = scaled_q(self, adapter_name, 1.0 if masks is None else masks.scale)
-        kernel = (self.lora_B.get_parameter(adapter_name).to(q.dtype) @ q).view(
-            base.out_channels, base.in_channels, *base.kernel_size
-        )
-        if masks is not None:
-            check_batch(masks, x, base.kernel_size)
-            x = x * channel_mask(masks.kept_in, x)
-        output = F.conv2d(x, kernel.to(compute_dtype(x)), None, base.stride, base.padding, base.dilation, base.groups)
-        if masks is not None:
-            output = output * channel_mask(masks.kept_out, output)
-        return (result + output).to(result.dtype)
+class MaskedSVDConv2d(SVDConv2d):
+    """``SVDConv2d`` while masks are active."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Masked."""
+        if self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        return masked_pass(self, added_convolution, self.base_layer(x, *args, **kwargs), x)
 
 
 class MaskedSVD(SwappedLayer):
@@ -141,15 +147,27 @@ class MaskedSVDConvolution(MaskedSVD):
 if is_bnb_available():
     from peft.tuners.adalora.bnb import SVDLinear8bitLt
 
-    class MaskedSVDLinear8bitLt(_MaskedPass, SVDLinear8bitLt):
+    class MaskedSVDLinear8bitLt(SVDLinear8bitLt):
         """``SVDLinear8bitLt`` while masks are active."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Masked."""
+            if self.disable_adapters:
+                return super().forward(x)
+            return masked_pass(self, added_linear, self.base_layer(x), x)
 
     MaskedSVD.classes[SVDLinear8bitLt] = MaskedSVDLinear8bitLt
 
 if is_bnb_4bit_available():
     from peft.tuners.adalora.bnb import SVDLinear4bit
 
-    class MaskedSVDLinear4bit(_MaskedPass, SVDLinear4bit):
+    class MaskedSVDLinear4bit(SVDLinear4bit):
         """``SVDLinear4bit`` while masks are active."""
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            """Masked."""
+            if self.disable_adapters:
+                return super().forward(x, *args, **kwargs)
+            return masked_pass(self, added_linear, self.base_layer(x, *args, **kwargs), x)
 
     MaskedSVD.classes[SVDLinear4bit] = MaskedSVDLinear4bit
