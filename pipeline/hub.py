@@ -7,14 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from datasets.exceptions import DatasetNotFoundError
+from httpx2 import HTTPError  # what huggingface_hub lets through where there is no network
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from pipeline.errors import UserError
@@ -99,3 +103,53 @@ def hub_errors(name: str, key: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, SafetensorError, HfHubHTTPError, ConnectionError) as error:
         message = _hub_message(name, key, error)
         raise UserError(message or f"{key}: {name!r} cannot be loaded: {error}") from error
+
+
+def check_push(repo_id: str) -> None:
+    """Make sure that the Hub will take an upload: a right name, a network, and a token of the environment.
+
+    Args:
+        repo_id: ``owner/name``, or ``name`` for the token's owner.
+
+    Raises:
+        UserError: says which of them is wrong.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub: found {repo_id!r}, expected owner/name: {error}") from error
+    if get_token() is None:
+        raise UserError("--push-to-hub: no token. Set HF_TOKEN, or run `hf auth login`; it needs write access.")
+    with _push_errors(repo_id):
+        HfApi().whoami()
+
+
+def push_folder(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload a folder to a model repository, which is created where it is not there yet.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: the Hub refused, or could not be reached.
+    """
+    with _push_errors(repo_id):
+        address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload by lora-dropout")
+    return str(address)
+
+
+@contextmanager
+def _push_errors(repo_id: str) -> Iterator[None]:
+    """What the Hub's client raises, in our words."""
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise UserError(f"--push-to-hub: {repo_id!r}: HF_HUB_OFFLINE is set; unset it to upload.") from error
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"--push-to-hub: the Hub refused {repo_id!r} (HTTP {error.response.status_code}).\n"
+            "Check the name, and that the token of HF_TOKEN or `hf auth login` may write there."
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise UserError(f"--push-to-hub: the Hub cannot be reached for {repo_id!r}: {error}") from error

@@ -19,22 +19,51 @@ def write_model_card(recipe: Recipe, record: dict[str, Any], history: list[dict[
         history: the records of ``history.jsonl``.
         folder: of the run.
     """
-    base_is_local = Path(recipe.base.model).exists()
+    words = (
+        'The files are a plain peft adapter: `PeftModel.from_pretrained(base, "<this folder>")`. `lora_dropout.json` '
+        "holds the\nmask settings, from which the test-time ensemble is made."
+    )
+    _save(_text(recipe, record, history, words), recipe.base.model, "peft", folder)
+
+
+def write_export_card(
+    title: str,
+    words: str,
+    base_model: str,
+    library: str,
+    folder: Path,
+    trained: tuple[Recipe, dict[str, Any], list[dict[str, Any]]] | None,
+) -> None:
+    """Write ``README.md`` of an export.
+
+    Args:
+        title: its heading, where the training is not known.
+        words: what the files are, and how to load them.
+        base_model: a Hub id or a folder.
+        library: ``peft`` or ``transformers``.
+        folder: of the export.
+        trained: arguments of :func:`write_model_card`, where the training is known.
+    """
+    _save(f"# {title}\n\n{words}\n" if trained is None else _text(*trained, words), base_model, library, folder)
+
+
+def _save(text: str, base_model: str, library: str, folder: Path) -> None:
+    """The file, its metadata before the text."""
     data = ModelCardData(
-        base_model=None if base_is_local else recipe.base.model,
-        library_name="peft",
+        base_model=None if Path(base_model).exists() else base_model,
+        library_name=library,
         pipeline_tag="text-generation",
         tags=["lora", "lora-dropout", "sft", "trl"],
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(recipe, record, history)}").save(folder / "README.md")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
 
-def _text(recipe: Recipe, record: dict[str, Any], history: list[dict[str, Any]]) -> str:
+def _text(recipe: Recipe, record: dict[str, Any], history: list[dict[str, Any]], words: str) -> str:
     dropout, adapter = recipe.adapter.dropout, recipe.adapter
     method = (
         f"LoRA Dropout (arXiv 2404.09610): rate {dropout.rate}, {dropout.instances} instance(s) per "
         f"{dropout.sampling}, rescale {str(dropout.rescale).lower()}"
-        if dropout.rate > 0
+        if dropout.masked
         else "plain LoRA"
     )
     measured = next((r for r in reversed(history) if "validation_loss" in r), None)
@@ -55,8 +84,7 @@ A LoRA adapter for `{base}` ({recipe.base.quantization}, {recipe.base.dtype}), r
 {losses}
 Data: {rows}. Seed {recipe.seed}. Trained under: {engine}.
 
-The files are a plain peft adapter: `PeftModel.from_pretrained(base, "<this folder>")`. `lora_dropout.json` holds the
-mask settings, from which the test-time ensemble is made.
+{words}
 
 ## Recipe
 
