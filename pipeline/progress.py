@@ -19,6 +19,8 @@ NAMES = {
     "eval_probe_loss": "probe_loss",
     "learning_rate": "learning_rate",
     "grad_norm": "gradient_norm",
+    "clip_fraction": "clip_fraction",
+    "update_norm": "update_norm",
 }
 
 
@@ -36,6 +38,8 @@ WORDS = {
     "generalization_gap": "generalisation gap {:+.4f}",
     "learning_rate": "learning rate {:.1e}",
     "gradient_norm": "gradient norm {:.2f}",
+    "clip_fraction": "clipped {:.0%}",
+    "update_norm": "update norm {:.2g}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "peak_memory_gib": "peak memory {:.1f} GiB",
 }

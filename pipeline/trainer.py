@@ -24,6 +24,7 @@ from pipeline.forecast import Execution
 from pipeline.lora_dropout import example_coordinates, instance_coordinates
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
+from pipeline.step_norms import StepNorms
 
 PURPOSE = "train"
 
@@ -83,6 +84,8 @@ class LoraDropoutTrainer(SFTTrainer):
         if recipe.adapter.method == "adalora":
             self.allocation = RankAllocation(self.adapted, self.accelerator, recipe.adapter.adalora)
             self.add_callback(self.allocation)
+        self.norms = StepNorms()
+        self.add_callback(self.norms)
         self._micro_batch = 0
         self._evaluated: list[torch.Tensor] = []
         if self.is_deepspeed_enabled:
@@ -224,6 +227,17 @@ class LoraDropoutTrainer(SFTTrainer):
             with apart, self._masks(inputs, coordinates[copy * groups : (copy + 1) * groups], lengths):
                 total += super().training_step(model, dict(inputs), items)
         return total
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.norms.gradient(norm)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """trl's, with the clip fraction and update norm of the steps that a training line covers."""
+        if "loss" in logs:
+            logs.update(self.norms.averages(self.args.max_grad_norm))
+        super().log(logs, start_time)
 
     def prediction_step(
         self,
