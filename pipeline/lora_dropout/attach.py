@@ -227,7 +227,13 @@ class LoraDropout:
         balanced: int | None = None,
         progress: float = 1.0,
     ) -> dict[str, LayerMasks]:
-        """Masks of every layer at these coordinates, by canonical name; arguments as for :meth:`masks`."""
+        """Masks of every layer at these coordinates, by canonical name; arguments as for :meth:`masks`.
+
+        Raises:
+            ValueError: no coordinates; another number of lengths; balanced, and a coordinate outside the set.
+        """
+        if lengths is not None and len(lengths) != len(coordinates):
+            raise ValueError(f"{len(lengths)} lengths for {len(coordinates)} masks: give the tokens of each mask's run")
         words = self._feature_words()
         rates = [self.rates.of(name, progress) for name in self.layers]
         sizes = [padded(features) for layer in self.layers.values() for features in layer.features()]

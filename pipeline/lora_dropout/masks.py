@@ -83,7 +83,7 @@ def coordinate_key(seed: int, purpose: str, coordinate: Coordinate) -> int:
 
 
 def threshold(rate: float) -> int:
-    """Largest int32 that means *kept*: of 2**32 equally likely numbers, (1-p) 2**32 are at most that, and at least 1."""
+    """Largest int32 that means *kept*: of 2**32 equally likely numbers, (1-p) 2**32 are at most that; at least 1 is."""
     return max(round((1.0 - rate) * 2**32), 1) - 1 - _HALF_RANGE
 
 
@@ -110,8 +110,10 @@ def kept(
         ``(G, F)`` bool, True with probability 1-p (to 2**-32).
 
     Raises:
-        ValueError: balanced, and a coordinate's last number is not below N.
+        ValueError: no coordinates; balanced, and a coordinate's last number is not below N.
     """
+    if not coordinates:
+        raise ValueError("no coordinates: give one for each mask")
     if balanced is not None:
         each = torch.as_tensor(thresholds, dtype=torch.int32, device=words.device).expand(2 * len(words))
         size = max(1, _MOST_WORDS // balanced)

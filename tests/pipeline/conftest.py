@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 
 import pytest
@@ -19,3 +21,11 @@ def small_base(pocket_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(pocket_base).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def mask_seed() -> int:
+    """Of a statistical test's masks: fresh in every run; ``MASK_SEED=... pytest ...`` repeats one."""
+    seed = int(os.environ.get("MASK_SEED", secrets.randbits(62)))
+    print(f"MASK_SEED={seed}")
+    return seed

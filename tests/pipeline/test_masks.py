@@ -1,103 +1,24 @@
-"""The masks: their statistics, their purity, and their bits, which may never change."""
+"""The masks' purity, their rates by layer and over time, and their bits, which may never change.
+
+Their distribution is tested in test_masks_statistics.py and test_masks_balanced.py.
+"""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mask_statistics import CPU, bits
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.lora_dropout import LoraDropout, copied_rows, example_coordinates, instance_coordinates
 from pipeline.lora_dropout.attach import canonical_name
-from pipeline.lora_dropout.masks import feature_words, kept, threshold
-
-CPU = torch.device("cpu")
-FEATURES = 400_000
-# Two-sided normal tail beyond 6 standard deviations: 2e-9. Fewer than 100 comparisons in this file: false alarm < 2e-7
-# per run, were the bits fresh; they are not, so a failure is the key's own.
-DEVIATIONS = 6.0
-RATES = (0.1, 0.2, 0.5, 0.9)
+from pipeline.lora_dropout.masks import feature_words, kept, packed, padded, threshold, unpacked
 
 GOLDEN_ENSEMBLE = ["41c333eddc4b64f0", "7fd0c4e43ed300f3"]
 GOLDEN_TRAIN = "9ffaffbb977afff9"
-
-
-def bits(
-    rate: float,
-    seed: int = 7,
-    purpose: str = "train",
-    coordinate: tuple[int, ...] = (3, 1, 0),
-    module: str = "model.layers.0.self_attn.q_proj",
-    side: str = "A",
-    features: int = FEATURES,
-) -> torch.Tensor:
-    """``(features,)`` bool."""
-    return kept(feature_words(module, side, features, CPU), seed, purpose, [coordinate], threshold(rate))[0, :features]
-
-
-def assert_frequency(events: torch.Tensor, probability: float) -> None:
-    """The share of true events is the probability, within chance."""
-    count = events.numel()
-    deviation = math.sqrt(probability * (1 - probability) / count)
-    found = events.double().mean().item()
-    assert abs(found - probability) <= DEVIATIONS * deviation, (found, probability, count)
-
-
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
-def test_features_are_kept_with_probability_one_minus_rate(rate: float, seed: int) -> None:
-    print(f"seed {seed}")
-    assert_frequency(bits(rate, seed=seed), 1 - rate)
-
-
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"side": "B"},
-        {"module": "model.layers.0.self_attn.k_proj"},
-        {"module": "model.layers.1.self_attn.q_proj"},
-        {"seed": 8},
-        {"purpose": "ensemble"},
-        {"coordinate": (4, 1, 0)},
-        {"coordinate": (3, 0, 0)},
-        {"coordinate": (3, 1, 1)},
-        {"coordinate": (3, 1)},
-    ],
-    ids=str,
-)
-def test_masks_that_differ_in_one_part_of_the_key_are_independent(rate: float, other: dict[str, object]) -> None:
-    assert_frequency(bits(rate) & bits(rate, **other), (1 - rate) ** 2)
-
-
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("distance", [1, 2, 64])
-def test_features_of_one_mask_are_independent(rate: float, distance: int) -> None:
-    mask = bits(rate)
-    assert_frequency((mask[:-distance] & mask[distance:])[:: distance + 1], (1 - rate) ** 2)
-
-
-@pytest.mark.parametrize("rate", [0.2, 0.5])
-def test_each_feature_is_fair_over_steps(rate: float) -> None:
-    steps = [(step, 0, 0) for step in range(20_000)]
-    masks = kept(feature_words("m", "A", 6, CPU), 11, "train", steps, threshold(rate))[:, :6]  # (20000, 6)
-    for feature in masks.T:
-        assert_frequency(feature, 1 - rate)
-        assert_frequency((feature[:-1] & feature[1:])[::2], (1 - rate) ** 2)
-
-
-def test_three_masks_are_jointly_independent() -> None:
-    """A XOR over the coordinates would leave pairs independent, and this not."""
-    first, second, third = (bits(0.5, coordinate=(n,)) for n in range(3))
-    assert_frequency(first ^ second ^ third, 0.5)
-    assert_frequency(first & second & third, 0.125)
-    side_a = bits(0.5, coordinate=(0,)) ^ bits(0.5, coordinate=(1,))
-    side_b = bits(0.5, coordinate=(0,), side="B") ^ bits(0.5, coordinate=(1,), side="B")
-    assert_frequency(side_a ^ side_b, 0.5)
 
 
 coordinates = st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 10)), min_size=1, max_size=6)
@@ -119,6 +40,9 @@ def test_a_mask_depends_on_nothing_but_its_key(
         assert torch.equal(alone[0], together[row])
     half = torch.cat([kept(part, seed, "train", coordinates, threshold(rate)) for part in words.split(10)], dim=1)
     assert torch.equal(half, together)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.lora_dropout.masks._MOST_WORDS", data.draw(st.integers(1, 100)))
+        assert torch.equal(kept(words, seed, "train", coordinates, threshold(rate)), together)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -130,8 +54,29 @@ def test_a_higher_rate_only_drops_more(low: float, high: float, seed: int) -> No
     assert not (few & ~many).any()
 
 
-def test_rate_0_keeps_everything() -> None:
-    assert bits(0.0).all()
+@settings(max_examples=50, deadline=None)
+@given(features=st.integers(1, 100), groups=st.integers(1, 4), data=st.data())
+def test_packed_bits_are_the_bits(features: int, groups: int, data: st.DataObject) -> None:
+    numbers = data.draw(st.lists(st.integers(0, 2 ** padded(features) - 1), min_size=groups, max_size=groups))
+    rows = [[number >> place & 1 for place in range(padded(features))] for number in numbers]
+    mask = torch.tensor(rows, dtype=torch.bool)
+    bytes_ = packed(mask)
+    assert bytes_.dtype == torch.uint8 and bytes_.shape == (groups, padded(features) // 8)
+    assert int.from_bytes(bytes(bytes_[0].tolist()), "little") == numbers[0]  # feature 8k+i is bit i of byte k
+    assert torch.equal(unpacked(bytes_, features), mask[:, :features])
+
+
+@settings(max_examples=50, deadline=None)
+@given(layer_rates=st.lists(st.floats(0.0, 0.999), min_size=1, max_size=4), seed=st.integers(0, 2**32 - 1))
+def test_rates_by_feature_are_each_layers_own(layer_rates: list[float], seed: int) -> None:
+    """One call for layers of several rates gives each the mask that it has alone."""
+    words = [feature_words(f"m.{at}", "A", 20, CPU) for at in range(len(layer_rates))]
+    each = torch.tensor([threshold(rate) for rate in layer_rates], dtype=torch.int32).repeat_interleave(24)
+    coordinates = [(0, 0), (0, 1)]
+    for balanced in (None, 3):
+        together = kept(torch.cat(words), seed, "train", coordinates, each, balanced).split(24, dim=1)
+        for rate, own, mask in zip(layer_rates, words, together, strict=True):
+            assert torch.equal(mask, kept(own, seed, "train", coordinates, threshold(rate), balanced))
 
 
 def test_golden_bits() -> None:
@@ -167,9 +112,9 @@ def test_a_layers_masks_do_not_depend_on_the_other_layers() -> None:
     everywhere = LoraDropout(small_model(), 0.5, seed=3).layer_masks("train", coordinates)
     some = LoraDropout(small_model(["v_proj", "down_proj"]), 0.5, seed=3).layer_masks("train", coordinates)
     assert len(everywhere) == 14 and len(some) == 4
-    for name, masks in some.items():
-        assert torch.equal(masks.kept_in, everywhere[name].kept_in)
-        assert torch.equal(masks.kept_out, everywhere[name].kept_out)
+    for name, layer in some.items():
+        assert torch.equal(layer.kept_in, everywhere[name].kept_in)
+        assert torch.equal(layer.kept_out, everywhere[name].kept_out)
 
 
 def test_layer_masks_have_the_layers_shapes_and_key() -> None:
@@ -180,6 +125,41 @@ def test_layer_masks_have_the_layers_shapes_and_key() -> None:
     key = {"seed": 3, "coordinate": (9, 1), "module": "model.layers.1.mlp.down_proj"}
     assert torch.equal(masks.kept_in[0], bits(0.25, side="A", features=24, **key))
     assert torch.equal(masks.kept_out[0], bits(0.25, side="B", features=16, **key))
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.25, 1.0])
+def test_rates_by_pattern_and_over_time(progress: float) -> None:
+    """A mask of a layer is the one at the layer's rate of the moment; a growing rate only drops more."""
+    model = small_model()
+    pattern = {r"layers\.0\..*": 0.1, "down_proj": 0.7}  # the first that fits counts, as in peft's rank_pattern
+    dropout = LoraDropout(model, 0.5, seed=3, rate_pattern=pattern, initial_rate=0.3)
+    found = dropout.layer_masks("train", [(4, 0)], progress=progress)
+    final = {"model.layers.0.mlp.down_proj": 0.1, "model.layers.1.mlp.down_proj": 0.7}
+    for name, layer in found.items():
+        rate = 0.3 + progress * (final.get(name, 0.1 if "layers.0" in name else 0.5) - 0.3)
+        assert layer.rate == pytest.approx(rate)
+        assert layer.scale == pytest.approx((1 - rate) ** -2)
+        alone = LoraDropout(model, rate, seed=3).layer_masks("train", [(4, 0)])[name]
+        assert torch.equal(layer.kept_in, alone.kept_in) and torch.equal(layer.kept_out, alone.kept_out)
+    ensemble = dropout.layer_masks("ensemble", [(0,)])
+    assert {name: layer.rate for name, layer in ensemble.items()} == {
+        name: pytest.approx(final.get(name, 0.1 if "layers.0" in name else 0.5)) for name in found
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rate": 0.5, "rate_pattern": {"q_proj": 1.0}}, "probability below 1, found 1.0 for 'q_proj'"),
+        ({"rate": float("nan")}, "probability below 1, found nan for 'rate'"),
+        ({"rate": 0.5, "initial_rate": -0.1}, "probability below 1, found -0.1 for 'initial'"),
+        ({"rate": 0.5, "rate_pattern": {"q_prj": 0.1}}, "rate_pattern: q_prj names no layer of this adapter"),
+        ({"rate": 0.5, "rate_pattern": {"*proj": 0.1}}, r"rate_pattern: '\*proj' is no regular expression: nothing"),
+    ],
+)
+def test_wrong_rates_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoraDropout(small_model(), seed=0, **arguments)
 
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod."])
