@@ -157,11 +157,7 @@ class RankAllocation(TrainerCallback):
         budget, due = self._tuner.rankallocator.budget_schedule(state.global_step)
         settled = state.global_step >= self.last_allocation
         if (due and not settled) or state.global_step == self.last_allocation:
-            scores = {
-                name: triplet_scores(self.importance[name], self.uncertainty[name])
-                for name in self.layers
-                if name in self.importance
-            }
+            scores = self.scores()
             # all are zero while Lambda is, as after a first step at learning rate 0: nothing to go by
             if settled or any(bool(score.any()) for score in scores.values()):
                 self.kept = kept_directions(scores, budget)
@@ -266,6 +262,10 @@ class RankAllocation(TrainerCallback):
         return 1.0 if scaler is None else scaler.get_scale()
 
     # Allocation -------------------------------------------------------------------------------------------------------
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """Of every direction of every layer: ``(r,)`` by layer."""
+        return {name: triplet_scores(self.importance[name], self.uncertainty[name]) for name in self.layers}
 
     def _set_phases(self, steps: int) -> None:
         """``tinit``, ``tfinal`` and ``total_step``, in optimizer steps."""

@@ -144,8 +144,8 @@ class AdaLora(Section):
             raise Contradiction(
                 (
                     ("warm_up", "final"),
-                    f"found {self.warm_up} and {self.final}, which leave no step in which ranks could fall: together "
-                    "they must be below 1",
+                    f"found {self.warm_up}, and adapter.adalora.final {self.final}, which leave no step in which ranks "
+                    "could fall: together they must be below 1",
                 )
             )
         return self
@@ -176,7 +176,7 @@ class Adapter(Section):
     @model_validator(mode="after")
     def _no_contradictions(self) -> Adapter:
         problems: list[tuple[tuple[str, ...], str]] = []
-        if self.input_dropout > 0 and self.dropout.rate > 0:
+        if self.input_dropout > 0 and self.dropout.masked:
             problems.append(
                 (
                     ("input_dropout", "dropout.rate"),
@@ -212,29 +212,31 @@ class Adapter(Section):
                 (
                     ("adalora.initial_rank", "rank"),
                     f"ranks fall from adalora.initial_rank to adapter.rank, found {self.initial_rank} and {self.rank}: "
-                    "raise initial_rank, or leave it out",
+                    "raise adapter.adalora.initial_rank, or leave it out",
                 )
             )
         if self.rank_stabilized:
             problems.append(
                 (
                     ("rank_stabilized", "method"),
-                    "peft's AdaLoRA divides alpha by the initial rank, never by its root: set rank_stabilized to false",
+                    "with adapter.method adalora peft divides alpha by the initial rank, never by its root: set "
+                    "rank_stabilized to false",
                 )
             )
         if self.target_parameters:
             problems.append(
                 (
                     ("target_parameters", "method"),
-                    "peft has AdaLoRA for modules only: leave target_parameters out, or use method: lora",
+                    "with adapter.method adalora peft adapts modules only: leave target_parameters out, or use method: "
+                    "lora",
                 )
             )
         if self.dropout.rate_pattern and not self.dropout.rescale:
             problems.append(
                 (
                     ("dropout.rate_pattern", "dropout.rescale"),
-                    "peft's AdaLoRA has one alpha for all layers, and rescale: false needs one for each rate: use "
-                    "rescale: true",
+                    "with adapter.method adalora peft has one alpha for all layers, and adapter.dropout.rescale false "
+                    "needs one for each rate: set it to true",
                 )
             )
         return problems
@@ -409,11 +411,23 @@ class Recipe(Section):
             problems.append(
                 (
                     ("distributed.zero", "adapter.method"),
-                    "zero 3 cuts adalora's P and Q into shards that only a layer's own forward puts together, and the "
-                    "orthogonality term and the allocation of ranks need them whole: use zero 2 or less, or method: "
-                    "lora",
+                    "zero 3 and adapter.method adalora: P and Q would be shards that only a layer's own forward puts "
+                    "together, and the orthogonality term and the allocation of ranks need them whole: use zero 2 or "
+                    "less, or method: lora",
                 )
             )
+        for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            given = self.training.get(key)
+            reentrant = isinstance(given, dict) and given.get("use_reentrant") is True
+            if self.adapter.method == "adalora" and zero == 2 and reentrant:
+                problems.append(
+                    (
+                        (f"training.{key}", "distributed.zero", "adapter.method"),
+                        "with use_reentrant true and adapter.method adalora, P and Q get their gradient in two parts, "
+                        "from the layers and from the orthogonality term, and distributed.zero 2 takes one: set "
+                        "use_reentrant to false, or zero to 0 or 1",
+                    )
+                )
         if offload == "optimizer" and zero == 0:
             problems.append(
                 (
