@@ -1,0 +1,225 @@
+"""Held-out loss by the sampling of masks: tune the learning rate, train every recipe of this folder over seeds, compare.
+
+python recipes/sampling/study.py alpaca.json [--output outputs/sampling] [--jobs 2]
+
+A finished run is never repeated: stop it and start it again at will. README.md says what is compared, and how.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+HERE = Path(__file__).resolve().parent
+sys.path[0] = str(HERE.parents[1])  # python puts this folder first
+
+import typer
+
+from launch.command import run_command
+from pipeline.errors import UserError
+
+MODES = ("lora", "instance-1", "example-1", "instance-4", "example-4")
+RECIPES = {mode: HERE / ("sampling.yaml" if mode == "example-1" else f"{mode}.yaml") for mode in MODES}
+PASSES = {"lora": 1, "instance-1": 1, "example-1": 1, "instance-4": 4, "example-4": 4}
+STEPS = 60
+"""Optimizer steps at which all modes are compared; at equal compute, a mode of one pass has four times as many."""
+BUDGETS = ("equal steps", "equal compute")
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+TUNING_SEED = 0
+TEST_SEEDS = (1, 2, 3, 4, 5)
+TRAIN_ROWS, HELD_OUT_ROWS, MAX_LENGTH = 128, 176, 48
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the study."""
+
+    mode: str
+    rate: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.mode}-{self.rate:g}-seed{self.seed}-steps{self.steps}"
+
+    def overrides(self, output: Path) -> list[str]:
+        """Of its recipe."""
+        train, held_out = ({"path": str(file), "format": "prompt-completion"} for file in row_files(output, self.seed))
+        return [
+            f"name={self.name}",
+            f"seed={self.seed}",
+            f"output={output / 'runs'}",
+            f"training.learning_rate={self.rate}",
+            f"training.max_steps={self.steps}",
+            f"data.train={json.dumps([train])}",
+            f"data.validation={json.dumps({'source': held_out, 'probe_rows': 32})}",
+            f"data.max_length={MAX_LENGTH}",
+        ]
+
+
+def steps_at(mode: str, budget: str) -> int:
+    """Optimizer steps of a mode at the point of comparison."""
+    return STEPS * (4 // PASSES[mode] if budget == "equal compute" else 1)
+
+
+def row_files(output: Path, seed: int) -> tuple[Path, Path]:
+    """Training and held-out rows of a seed."""
+    return output / "rows" / f"train-{seed}.jsonl", output / "rows" / f"held-out-{seed}.jsonl"
+
+
+def write_rows(source: Path, output: Path) -> None:
+    """Deal the rows that fit into ``MAX_LENGTH`` tokens out: no two seeds share a row, in training or held out.
+
+    Raises:
+        UserError: too few rows.
+    """
+    import random
+
+    from pipeline.base import load_tokenizer
+    from pipeline.data.load import load_rows
+    from pipeline.data.tokenise import tokenised_row
+    from pipeline.recipe import load_recipe
+
+    seeds = (TUNING_SEED, *TEST_SEEDS)
+    if all(file.exists() for seed in seeds for file in row_files(output, seed)):
+        return
+    recipe = load_recipe(RECIPES["example-1"])
+    tokenizer = load_tokenizer(recipe.base)
+    rows = load_rows([recipe.data.train[0].model_copy(update={"path": str(source), "limit": None})])
+    texts = dict.fromkeys((row["prompt"], row["completion"]) for row in rows if row["completion"].strip())
+    fitting = [
+        {"prompt": prompt, "completion": completion}
+        for prompt, completion in texts
+        if not tokenised_row(prompt, completion, tokenizer, MAX_LENGTH)["truncated"]
+    ]
+    each = TRAIN_ROWS + HELD_OUT_ROWS
+    if len(fitting) < each * len(seeds):
+        raise UserError(
+            f"{source}: {len(fitting):,} of its {len(texts):,} different rows have at most {MAX_LENGTH} tokens; "
+            f"{len(seeds)} seeds of {TRAIN_ROWS} training and {HELD_OUT_ROWS} held-out rows need {each * len(seeds):,}"
+        )
+    random.Random(0).shuffle(fitting)
+    (output / "rows").mkdir(parents=True, exist_ok=True)
+    for place, seed in enumerate(seeds):
+        own = fitting[place * each : (place + 1) * each]
+        for file, part in zip(row_files(output, seed), (own[:TRAIN_ROWS], own[TRAIN_ROWS:]), strict=True):
+            file.write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
+def finished(run: Run, output: Path) -> bool:
+    """Whether the run's adapter was written."""
+    return (output / "runs" / run.name / "provenance.json").exists()
+
+
+def carry_out(run: Run, output: Path) -> float:
+    """Train in this process, its output in a log file; returns seconds."""
+    from pipeline.environment import prepare_environment
+
+    prepare_environment()
+    from pipeline.recipe import load_recipe
+    from pipeline.train import train
+
+    started = time.perf_counter()
+    log = output / "logs" / f"{run.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        train(load_recipe(RECIPES[run.mode], run.overrides(output)), overwrite=True)
+    return time.perf_counter() - started
+
+
+def carry_out_all(runs: Iterable[Run], output: Path, jobs: int) -> None:
+    """Those that are not finished, a few at a time, longest first."""
+    waiting = sorted(
+        (run for run in set(runs) if not finished(run, output)), key=lambda run: (-run.steps * PASSES[run.mode], run.name)
+    )
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(carry_out, run, output): run for run in waiting}
+        for done, future in enumerate(as_completed(running), start=1):
+            print(f"{done}/{len(waiting)}  {running[future].name}  {future.result():.0f} s", flush=True)
+
+
+def history(run: Run, output: Path) -> list[dict[str, float]]:
+    """What the run logged."""
+    lines = (output / "runs" / run.name / "history.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def held_out_loss(run: Run, output: Path, step: int) -> float:
+    """Masks off, in nats per token."""
+    return next(line["validation_loss"] for line in history(run, output) if "validation_loss" in line and line["step"] == step)
+
+
+def tuning_run(mode: str, rate: float) -> Run:
+    """Long enough for both budgets."""
+    return Run(mode, rate, TUNING_SEED, steps_at(mode, "equal compute"))
+
+
+def tuned_rates(output: Path, jobs: int) -> dict[str, dict[str, float]]:
+    """By mode and budget, the learning rate with the least held-out loss at the tuning seed.
+
+    Where it is the lowest or the highest tried for a mode, the next by a factor of two is tried, too.
+    """
+    tried = {mode: set(RATES) for mode in MODES}
+    while True:
+        carry_out_all((tuning_run(mode, rate) for mode in MODES for rate in tried[mode]), output, jobs)
+        best = {
+            mode: {
+                budget: min(
+                    tried[mode],
+                    key=lambda rate: held_out_loss(tuning_run(mode, rate), output, steps_at(mode, budget)),  # noqa: B023
+                )
+                for budget in BUDGETS
+            }
+            for mode in MODES
+        }
+        wider = {
+            mode: {rate / 2 for rate in best[mode].values() if rate == min(tried[mode])}
+            | {rate * 2 for rate in best[mode].values() if rate == max(tried[mode])}
+            for mode in MODES
+        }
+        if not any(wider.values()):
+            return best
+        for mode in MODES:
+            tried[mode] |= wider[mode]
+
+
+def test_run(mode: str, seed: int, budget: str, rates: dict[str, dict[str, float]]) -> Run:
+    """The run that shows a mode at a budget; one run shows both where their learning rates are the same."""
+    rate = rates[mode][budget]
+    longest = max(steps_at(mode, other) for other in BUDGETS if rates[mode][other] == rate)
+    return Run(mode, rate, seed, longest)
+
+
+def study(
+    rows: Annotated[Path, typer.Argument(metavar="ROWS", help="Alpaca rows: a json, jsonl or parquet file.")],
+    output: Annotated[Path, typer.Option(help="Folder of runs and results.")] = Path("outputs/sampling"),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; set OMP_NUM_THREADS to cores / jobs.")] = 2,
+    stage: Annotated[str, typer.Option(help="tune, test or all.")] = "all",
+) -> None:
+    """Tune, train and compare."""
+    from pipeline.environment import prepare_environment
+
+    prepare_environment()
+    output = output.absolute()
+    write_rows(rows, output)
+    rates = tuned_rates(output, jobs)
+    print(json.dumps(rates, indent=2))
+    if stage == "tune":
+        return
+    carry_out_all(
+        (test_run(mode, seed, budget, rates) for mode in MODES for seed in TEST_SEEDS for budget in BUDGETS), output, jobs
+    )
+
+
+if __name__ == "__main__":
+    run_command(study)
