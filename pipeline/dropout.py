@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from peft import PeftModel
 
 from pipeline.errors import UserError
@@ -48,9 +46,9 @@ def check_rate_pattern(pattern: dict[str, float], names: list[str]) -> None:
     for key in pattern:
         try:
             found = not Rates(0.0, {key: 0.0}).unused(names)
-        except re.error as error:
+        except ValueError as error:  # names the pattern
             raise UserError(
-                f"adapter.dropout.rate_pattern: {key!r} is no regular expression: {error}.\n"
+                f"adapter.dropout.{error}.\n"
                 "Give a module's name, its end from a dot on, or a regular expression that matches it whole."
             ) from error
         if not found:

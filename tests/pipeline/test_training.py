@@ -79,11 +79,14 @@ def stock_pairs(stages: tuple[tuple[str, str, int], ...]) -> dict[str, tuple[str
 
 
 STOCK_ONE = tuple((base, validation, 0) for base in BASES for validation in VALIDATIONS)
-STOCK_TWO = (*((base, validation, 2) for base in BASES for validation in VALIDATIONS), ("nf4", "validated", 3))
+STOCK_TWO = (("fp32", "unvalidated", 2), *((base, "validated", 2) for base in BASES), ("nf4", "validated", 3))
 
 # equal losses for the same masks, two ranks: name -> overrides. The first of each group is the reference.
 SAME_FP32 = {
-    **{f"fp32-zero{stage}-{how}": (*zero(stage), *EXECUTIONS[how]) for stage in (2, 0, 1, 3) for how in EXECUTIONS},
+    **{
+        f"fp32-zero{stage}-{how}": (*zero(stage), *EXECUTIONS[how])
+        for stage, how in ((2, "batched"), (1, "batched"), (1, "sequential"), (3, "batched"))
+    },
     **{
         f"fp32-zero{stage}-{how}-{kind}": (*zero(stage), *EXECUTIONS[how], *CHECKPOINTING[kind])
         for stage, how, kind in (
@@ -114,6 +117,23 @@ SAME_NF4 = {
     "nf4-zero3-sequential-reentrant": (*NF4, *zero(3), *EXECUTIONS["sequential"], *CHECKPOINTING["reentrant"]),
     "nf4-zero3-offload": (*NF4, *zero(3, "all")),
 }
+# every key of LoRA Dropout at once, and examples one after another in a row in place of padding
+PADDING_FREE = ("training.padding_free=true",)
+KEYS = (
+    "adapter.dropout.balanced=true",
+    "adapter.dropout.rate_pattern={down_proj: 0.2, 'model.layers.1.*q_proj': 0}",
+    "adapter.dropout.initial_rate=0.1",
+)
+SAME_KEYS_INSTANCE = {
+    "keys-instance": (*KEYS, *zero(2)),
+    "keys-instance-flat": (*KEYS, *zero(2), *PADDING_FREE, *CHECKPOINTING["reentrant"]),
+    "keys-instance-flat-sequential": (*KEYS, *zero(0), *PADDING_FREE, *EXECUTIONS["sequential"]),
+}
+SAME_KEYS_EXAMPLE = {
+    "keys-example": (*KEYS, *EXAMPLE, *zero(2)),
+    "keys-example-flat": (*KEYS, *EXAMPLE, *zero(2), *PADDING_FREE, *CHECKPOINTING["non-reentrant"]),
+    "keys-example-flat-sequential": (*KEYS, *EXAMPLE, *zero(3), *PADDING_FREE, *EXECUTIONS["sequential"]),
+}
 FP32_TOLERANCE = 1e-5  # nats, absolute, of losses near 7: about ten units in the last place
 BF16_TOLERANCE = 2e-2  # bfloat16 keeps 8 bits: 0.3 % of losses near 7; other masks move them by more than 0.1
 
@@ -121,7 +141,35 @@ BF16_TOLERANCE = 2e-2  # bfloat16 keeps 8 bits: 0.3 % of losses near 7; other ma
 ACCUMULATED = {
     "accumulated-instance": (*NO_VALIDATION, "training.gradient_accumulation_steps=2"),
     "accumulated-example": (*NO_VALIDATION, *EXAMPLE, "training.gradient_accumulation_steps=2"),
+    "accumulated-keys": (*NO_VALIDATION, *EXAMPLE, *KEYS, "training.gradient_accumulation_steps=2"),
 }
+
+# all rows in each step, so that it does not matter which of them share a packed row
+ALL_AT_ONCE = (
+    *NO_VALIDATION,
+    *EXAMPLE,
+    *KEYS,
+    "data.train.0.limit=9",
+    "training.per_device_train_batch_size=9",
+    "adapter.target_modules=[q_proj, down_proj]",
+)
+PACKED = {
+    "all-padded": ALL_AT_ONCE,
+    "all-packed": (*ALL_AT_ONCE, "training.packing=true"),
+    "all-packed-sequential": (*ALL_AT_ONCE, "training.packing=true", *EXECUTIONS["sequential"]),
+}
+
+# four steps in one go, and the last two of them from the checkpoint after two
+LONG = (
+    *NO_VALIDATION,
+    *KEYS,
+    "data.train.0.limit=6",
+    "training.max_steps=4",
+    "training.save_strategy=steps",
+    "training.save_steps=2",
+    "adapter.target_modules=[q_proj, down_proj]",
+)
+SAMPLINGS: dict[str, tuple[str, ...]] = {"instance": (), "example": EXAMPLE}
 
 # AdamW steps of 1e-6 on weights near 0.06, where neighbours are 2e-4 (bfloat16) or 4e-9 (float32) apart
 SMALL_STEPS = (
@@ -135,7 +183,13 @@ SMALL_STEPS = (
 
 ONE_PROCESS: dict[str, tuple[str, tuple[str, ...]]] = {
     **stock_pairs(STOCK_ONE),
-    **{name: ("ours", overrides) for name, overrides in ACCUMULATED.items()},
+    **{name: ("ours", overrides) for name, overrides in {**ACCUMULATED, **PACKED}.items()},
+    **{
+        name: (trainer, (*LONG, *overrides))
+        for sampling, overrides in SAMPLINGS.items()
+        for name, trainer in ((f"whole-{sampling}", "ours"), (f"resumed-{sampling}", f"ours, from whole-{sampling}"))
+    },
+    "whole-other-rate": ("ours", (*LONG, "adapter.dropout.initial_rate=0.2")),
     "measured": ("ours", ("training.max_steps=2",)),
     "not-rescaled": ("ours", (*NO_VALIDATION, "adapter.dropout.rescale=false")),
     "nf4-masked": ("ours", (*NO_VALIDATION, *NF4)),
@@ -147,7 +201,13 @@ TWO_RANKS: dict[str, tuple[str, tuple[str, ...]]] = {
     **stock_pairs(STOCK_TWO),
     **{
         name: ("ours", (*NO_VALIDATION, *overrides))
-        for name, overrides in {**SAME_FP32, **SAME_FP32_EXAMPLE, **SAME_NF4}.items()
+        for name, overrides in {
+            **SAME_FP32,
+            **SAME_FP32_EXAMPLE,
+            **SAME_NF4,
+            **SAME_KEYS_INSTANCE,
+            **SAME_KEYS_EXAMPLE,
+        }.items()
     },
     "measured": ("ours", ("training.max_steps=2",)),
     "measured-zero3": ("ours", ("training.max_steps=2", *zero(3))),
@@ -221,14 +281,21 @@ def test_rate_0_is_stock_trl_bit_for_bit_on_two_ranks(two: Records, base: str, v
 @pytest.mark.parametrize("base", BASES)
 def test_validation_does_not_move_training(one: Records, two: Records, base: str) -> None:
     for records, stage in ((one, 0), (two, 2)):
-        on, off = (records[f"ours-{base}-{validation}-zero{stage}"] for validation in ("validated", "unvalidated"))
-        assert on["losses"] == off["losses"]
+        if f"ours-{base}-unvalidated-zero{stage}" in records:
+            on, off = (records[f"ours-{base}-{validation}-zero{stage}"] for validation in ("validated", "unvalidated"))
+            assert on["losses"] == off["losses"]
 
 
 @pytest.mark.parametrize(
     ("group", "tolerance"),
-    [(SAME_FP32, FP32_TOLERANCE), (SAME_FP32_EXAMPLE, FP32_TOLERANCE), (SAME_NF4, BF16_TOLERANCE)],
-    ids=["fp32", "fp32-example", "nf4"],
+    [
+        (SAME_FP32, FP32_TOLERANCE),
+        (SAME_FP32_EXAMPLE, FP32_TOLERANCE),
+        (SAME_NF4, BF16_TOLERANCE),
+        (SAME_KEYS_INSTANCE, FP32_TOLERANCE),
+        (SAME_KEYS_EXAMPLE, FP32_TOLERANCE),
+    ],
+    ids=["fp32", "fp32-example", "nf4", "keys-instance", "keys-example"],
 )
 def test_every_way_to_run_gives_the_same_losses(
     two: Records, group: dict[str, tuple[str, ...]], tolerance: float
@@ -248,12 +315,36 @@ def test_the_tolerances_tell_masks_apart(two: Records) -> None:
     )
 
 
-@pytest.mark.parametrize("sampling", ["instance", "example"])
+@pytest.mark.parametrize("sampling", ["instance", "example", "keys"])
 def test_accumulation_equals_ranks(one: Records, two: Records, sampling: str) -> None:
-    ranks = {"instance": "fp32-zero2-batched", "example": "fp32-example-zero2"}[sampling]
+    ranks = {"instance": "fp32-zero2-batched", "example": "fp32-example-zero2", "keys": "keys-example"}[sampling]
     difference = largest_difference(one[f"accumulated-{sampling}"]["losses"], two[ranks]["losses"])
     print(difference)
     assert difference <= FP32_TOLERANCE
+
+
+def test_packed_rows_train_like_padded_ones(one: Records) -> None:
+    reference = one["all-padded"]
+    for name in ("all-packed", "all-packed-sequential"):
+        difference = largest_difference(one[name]["losses"], reference["losses"])
+        print(name, difference)
+        assert difference <= FP32_TOLERANCE
+        assert one[name]["gradient_norms"] == pytest.approx(reference["gradient_norms"], rel=1e-5)
+        assert one[name]["tokens"] == reference["tokens"] > 0
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_resumed_run_draws_what_the_whole_one_would_have(one: Records, sampling: str) -> None:
+    """Bit for bit, with a rate that changes, in the second epoch."""
+    whole, resumed = one[f"whole-{sampling}"], one[f"resumed-{sampling}"]
+    assert resumed["losses"] == whole["losses"][2:]
+    assert resumed["gradient_norms"] == whole["gradient_norms"][2:]
+
+
+def test_the_rate_changes_over_the_run(one: Records) -> None:
+    """Another rate at the start, the same at the end."""
+    changed, reference = (one[name]["gradient_norms"] for name in ("whole-other-rate", "whole-instance"))
+    assert abs(changed[0] - reference[0]) > 1e-3
 
 
 def test_zero_3_shards_adapter_and_base(two: Records) -> None:

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 training_worker.py JOBS.json FOLDER
 
 A launch imports for ten seconds; a configuration trains for one or two. ``JOBS.json`` is a list of
-``{"name", "recipe", "overrides", "trainer": "ours" | "stock" | "stock, bfloat16 adapter"}``; each job writes
-``FOLDER/<name>.json`` and the folder ``FOLDER/<name>``, its adapter. ``stock`` is trl's ``SFTTrainer`` with peft's
+``{"name", "recipe", "overrides", "trainer"}``, the trainer being ``ours``, ``ours, from <job>`` (which resumes from
+that job's first checkpoint), ``stock`` or ``stock, bfloat16 adapter``; each job writes ``FOLDER/<name>.json`` and the folder ``FOLDER/<name>``, its adapter. ``stock`` is trl's ``SFTTrainer`` with peft's
 ``LoraConfig`` on the same rows as prompt and completion: its base, arguments and trainer come from the libraries, with
 the same two corrections as ours (no repacking of 4-bit weights; float32 adapter where no engine keeps masters).
 """
@@ -54,6 +54,8 @@ class Recorder(TrainerCallback):
         self.losses: list[float] = []
         self.gradient_norms: list[float] = []
         self.evaluations: list[dict[str, float]] = []
+        self.tokens = 0.0
+        """Of the data, that training has seen."""
         self.held: dict[str, Any] = {}
         self.first: dict[str, torch.Tensor] = {}
 
@@ -68,6 +70,7 @@ class Recorder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])
+            self.tokens = logs["num_tokens"]
             if "grad_norm" in logs:  # DeepSpeed's float32 engine without ZeRO clips, but does not tell
                 self.gradient_norms.append(float(logs["grad_norm"]))
         elif any(key.startswith("eval_") for key in logs):
@@ -176,13 +179,16 @@ def run(job: dict[str, Any], folder: Path) -> None:
     """One configuration, from the recipe to the files."""
     recipe = load_recipe(job["recipe"], job["overrides"])
     recorder = Recorder()
-    if job["trainer"] == "ours":
-        trainer = ours(recipe, folder / "checkpoints", recorder)
+    checkpoints = folder / f"run-{job['name']}"
+    if job["trainer"].startswith("ours"):
+        trainer = ours(recipe, checkpoints, recorder)
     else:
-        trainer = stock(recipe, folder / "checkpoints", recorder, job["trainer"] == "stock" and not launched())
+        trainer = stock(recipe, checkpoints, recorder, job["trainer"] == "stock" and not launched())
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
-    trainer.train()
+    _, _, resumed = job["trainer"].partition(", from ")
+    started_from = sorted((folder / f"run-{resumed}" / "checkpoints").glob("checkpoint-*"))[0] if resumed else None
+    trainer.train(resume_from_checkpoint=started_from and str(started_from))
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     parameters = dict(model.named_parameters())
     weights = adapter_weights(model)
@@ -194,6 +200,7 @@ def run(job: dict[str, Any], folder: Path) -> None:
             "gradient_norms": recorder.gradient_norms,
             "evaluations": recorder.evaluations,
             "adapter_dtypes": sorted({str(p.dtype) for p in parameters.values() if p.requires_grad}),
+            "tokens": recorder.tokens,
             "changed_a": _changed_share(recorder.first, parameters),
             **recorder.held,
         }
