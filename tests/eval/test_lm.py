@@ -93,10 +93,12 @@ def test_log_likelihoods_equal_dense_members_averaged_by_hand(adapted: Any, aver
         assert greedy == bool((scores.argmax(-1) == targets).all())
 
 
-@pytest.mark.parametrize("rows_per_pass", [1, 5])
-def test_scores_do_not_depend_on_chunks_of_members(adapted: Any, task_folder: Path, rows_per_pass: int) -> None:
+@pytest.mark.parametrize(("rows_per_pass", "balanced"), [(1, False), (5, True)])
+def test_scores_do_not_depend_on_chunks_of_members(
+    adapted: Any, task_folder: Path, rows_per_pass: int, balanced: bool
+) -> None:
     def scores(limit: int | None) -> dict[str, list[Any]]:
-        ensemble = Ensemble(instances=3, average="probabilities", rows_per_pass=limit)
+        ensemble = Ensemble(instances=3, average="probabilities", rows_per_pass=limit, balanced=balanced)
         lm = EnsembleLM(adapted.model, adapted.tokenizer, batch_size=4, dropout=adapted.dropout, ensemble=ensemble)
         return answers(evaluated(lm, task_folder, ["tiny_choice", "tiny_words", "tiny_text"], limit=4))
 

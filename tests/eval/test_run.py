@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -166,33 +165,57 @@ def test_without_lora_dropout_and_without_a_rate_there_is_no_ensemble(recipe: Re
     assert systems_of(recipe, settings(), folder) == (["base", "deterministic", "ensemble"], [])
 
 
-@pytest.mark.parametrize("origin", ["a plain run", "stock peft"])
 def test_masks_at_test_time_only_are_warned_of(
-    recipe: Recipe, adapter_folder: Path, tmp_path: Path, capsys: Any, origin: str
+    recipe: Recipe, adapter_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """The ensemble of an adapter that was trained without LoRA Dropout, on the screen, in the file, in the report."""
+    """The (balanced) ensemble of an adapter that was trained without LoRA Dropout: on the screen and in every file."""
+    systems, warnings = systems_of(recipe, settings(rate=0.0), Path("outputs/plain"))
+    assert systems == ["base", "deterministic", "ensemble"]
+    recipes_rate = "its ensemble is drawn with this recipe's rate 0.5, and masks at test time only are worse than none."
+    assert warnings == [f"outputs/plain was trained without LoRA Dropout (rate 0); {recipes_rate}"]
+
     folder = shutil.copytree(adapter_folder, tmp_path / "adapter")
-    if origin == "stock peft":
-        for name in ("lora_dropout.json", "history.jsonl", "provenance.json"):
-            (folder / name).unlink()
-        why = "comes without lora_dropout.json, so it was not trained with LoRA Dropout here"
-    else:
-        (folder / "lora_dropout.json").write_text(json.dumps(asdict(settings(rate=0.0))))
-        why = "was trained without LoRA Dropout (rate 0)"
-    warning = f"{folder} {why}; its ensemble is drawn with this recipe's rate 0.5, and masks at test time only are"
-    quick = with_eval(recipe, tasks=["tiny_choice"], limit=2, systems=["deterministic", "ensemble"])
+    for name in ("lora_dropout.json", "history.jsonl", "provenance.json"):
+        (folder / name).unlink()  # as stock peft leaves an adapter
+    ensemble = Ensemble(instances=2, balanced=True)
+    quick = with_eval(recipe, tasks=["tiny_choice"], limit=1, systems=["ensemble"], ensemble=ensemble)
     written = evaluate(quick, folder, tmp_path / "out")
     assert written is not None
-    assert f"warning: {warning} worse than none." in plain(capsys.readouterr().out)
+    warning = f"{folder} comes without lora_dropout.json, so it was not trained with LoRA Dropout here; {recipes_rate}"
+    said = plain(capsys.readouterr().out)
+    assert f"warning: {warning}" in said and "Evaluating the ensemble of 2 balanced masked adapters" in said
     ours = json.loads((written / "results.json").read_text())["lora_dropout"]
-    assert ours["warnings"] == [f"{warning} worse than none."]
-    assert ours["ensemble"]["rate"] == 0.5 and ours["ensemble"]["seed"] == 42, "the recipe's"
-    assert f"> {warning} worse than none." in (written / "report.md").read_text()
+    assert ours["warnings"] == [warning]
+    assert ours["ensemble"] == {
+        "instances": 2,
+        "average": "logits",
+        "balanced": True,
+        "rate": 0.5,
+        "rate_pattern": {},
+        "seed": 42,
+    }
+    report = (written / "report.md").read_text()
+    assert f"> {warning}" in report and "2 balanced members, average of logits at every token" in report
+    assert "not recorded: an adapter of another origin" in report
 
 
 def test_a_missing_adapter_is_named_before_anything_is_loaded(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no adapter here .found: no such folder.*\n.*train first with launch/sft.py"):
         evaluate(recipe, tmp_path / "nothing", tmp_path)
+
+
+def test_damaged_and_disagreeing_adapters_are_refused_before_the_base_loads(
+    recipe: Recipe, adapter_folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(run, "load_base", None)
+    other = recipe.model_copy(update={"adapter": Adapter(rank=4, alpha=8.0, dropout=Dropout(rate=0.3))})
+    with pytest.raises(UserError, match=r"adapter\.dropout\.rate: trained with 0\.5, the recipe has 0\.3"):
+        evaluate(other, adapter_folder, tmp_path)
+    folder = shutil.copytree(adapter_folder, tmp_path / "damaged")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: truncated"):
+        evaluate(recipe, folder, tmp_path)
 
 
 def test_an_adapter_of_another_base_is_refused(recipe: Recipe, adapter_folder: Path, tmp_path: Path) -> None:

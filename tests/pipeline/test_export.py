@@ -152,26 +152,35 @@ def test_each_member_is_the_in_process_member(tmp_path: Path, kind: str, balance
     assert config_file["peft_type"] == "LORA" and config_file["inference_mode"]
 
 
-def test_adalora_members_have_one_rank(tmp_path: Path) -> None:
-    """The allocation leaves layers different ranks; zeros fill the smaller ones."""
+@pytest.mark.parametrize("cut", [False, True], ids=["zeros", "rank_pattern"])
+def test_adalora_members_have_one_rank(tmp_path: Path, cut: bool) -> None:
+    """The allocation leaves layers different ranks, even none, cut or as zeros; a member fills up with zeros."""
     recorded = settings(method="adalora")
     adapter = write_adapter(tmp_path, llama(), KINDS["adalora"][1], recorded)
-    weights = load_file(adapter / "adapter_model.safetensors")
-    names = sorted(name for name in weights if "lora_E" in name)
-    for taken, name in enumerate(names, start=1):
-        weights[name][: min(taken, 5)] = 0  # 5, 4, ... 1 ranks are left
     model = load_adapter(stock_base(tmp_path), adapter)
-    save_adapter(model, weights, recorded, adapter)
+    pattern = {}
+    for taken, (name, parameter) in zip((1, 2, 4, 6), find_parameters(model, "lora_E"), strict=True):
+        parameter.data[:taken] = 0  # 5, 4, 2 and 0 are left
+        pattern[name.removeprefix("base_model.model.")] = (parameter[:, 0] != 0).tolist()
+    model.peft_config["default"].rank_pattern = pattern if cut else None
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    ranks = {weight.shape[0] for name, weight in weights.items() if "lora_E" in name}
+    assert ranks == ({5, 4, 2, 0} if cut else {6})
+    save_adapter(model, {name: weight.clone() for name, weight in weights.items()}, recorded, adapter)
     folder = export(adapter, tmp_path / "out", Options("ensemble", instances=1), progress=False)
     config = json.loads((folder / "member-0" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 5
-    shapes = {tuple(w.shape) for name, w in load_file(folder / "member-0" / "adapter_model.safetensors").items()}
+    assert config["r"] == config["lora_alpha"] == 5 and not config["rank_pattern"]
+    shapes = {tuple(w.shape) for w in load_file(folder / "member-0" / "adapter_model.safetensors").values()}
     assert {min(shape) for shape in shapes} == {5}
     ours = load_adapter(stock_base(tmp_path), adapter)
     with adapter_dropout(ours, recorded).members([0]):
         expected = logits(ours)
     member = PeftModel.from_pretrained(stock_base(tmp_path), str(folder / "member-0"))
     torch.testing.assert_close(logits(member), expected, atol=1e-5, rtol=1e-5)
+
+
+def find_parameters(model: PeftModel, kind: str) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if kind in name]
 
 
 @pytest.fixture
@@ -320,7 +329,7 @@ def test_a_tied_embedding_is_not_merged(tmp_path: Path) -> None:
 
 def test_weights_that_are_not_finite_are_not_merged(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path, llama(), lora())
-    weights = load_file(adapter / "adapter_model.safetensors")
+    weights = {name: w.clone() for name, w in load_file(adapter / "adapter_model.safetensors").items()}
     next(iter(weights.values()))[0, 0] = float("nan")
     save_adapter(load_adapter(stock_base(tmp_path), adapter), weights, settings(), adapter)
     with pytest.raises(UserError, match=r"cannot be merged in float32: NaNs detected"):
