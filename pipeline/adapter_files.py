@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, field, fields
 from pathlib import Path
@@ -137,7 +138,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         UserError: the folder holds no adapter.
     """
     check_adapter_folder(folder)
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    with warnings.catch_warnings():
+        # peft 0.21 looks for LoRA's module names in AdaLoRA's rank_pattern, which it applies nevertheless; delete this
+        # when it loads an AdaLoRA adapter without a word
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     return adapted.eval()
 
 

@@ -120,6 +120,8 @@ class Numerics:
     """Attention keeps its scores."""
     dense_mask: bool = False
     """Attention reads a mask over all pairs of a row's tokens, as where several examples lie in one row."""
+    importance_bytes: int = 0
+    """Per trained parameter, on every rank: AdaLoRA's smoothed importances in float32."""
     moments_bytes: int = 8
     """Optimizer state per parameter: AdamW's two moments in float32."""
 
@@ -210,7 +212,7 @@ class RankMemory:
     """The adapter's, in the dtype that computes."""
     gradients: int
     optimizer: int
-    """float32 masters and the optimizer's moments."""
+    """float32 masters, the optimizer's moments, AdaLoRA's importances."""
     masks: int
     """LoRA Dropout's masks, and A and B once per mask. Rough."""
     activations: int
@@ -272,7 +274,7 @@ def rank_memory(
     working = max(working_bytes(shape, rows, tokens, numerics), hashing - activations)
     load_peak = base + _dequantized(shape, numerics)  # a weight is read in the compute dtype, then quantised
     if zero is PLAIN:
-        moments = numerics.moments_bytes * trained
+        moments = (numerics.moments_bytes + numerics.importance_bytes) * trained
         return RankMemory(base, 0, 4 * trained, 4 * trained, moments, masked, activations, working, load_peak)
     resting = math.ceil(base / processes) if zero == 3 else base
     gathered = 0
@@ -285,12 +287,13 @@ def rank_memory(
         if numerics.quantization == "none":
             load_peak = resting  # read in shards (zero.Init), which quantised models are not
     optimizer_offloaded = offload != "none" and zero >= 1
+    states = 0 if optimizer_offloaded else _share(trained * (4 + numerics.moments_bytes), processes, zero >= 1)
     return RankMemory(
         base=resting,
         gathered=gathered,
         weights=_share(trained * width, processes, zero >= 3),
         gradients=_share(trained * width, processes, zero >= 2),
-        optimizer=0 if optimizer_offloaded else _share(trained * (4 + numerics.moments_bytes), processes, zero >= 1),
+        optimizer=states + trained * numerics.importance_bytes,
         masks=masked,
         activations=activations,
         working=working,
@@ -324,10 +327,11 @@ def checkpoint_bytes(
     adapter = trained * (4 if zero is PLAIN else numerics.width)
     if not resumable:
         return adapter
+    importances = trained * numerics.importance_bytes
     if zero is PLAIN:
-        return adapter + trained * numerics.moments_bytes
+        return adapter + trained * numerics.moments_bytes + importances
     constants = quantization_constants_bytes(shape.quantizable, numerics) * (processes if zero == 3 else 1)
-    return 2 * adapter + trained * (4 + numerics.moments_bytes) + constants
+    return 2 * adapter + trained * (4 + numerics.moments_bytes) + constants + importances
 
 
 def checkpoints_on_disk(strategy: str, save_steps: float, steps: int, epochs: float, limit: int | None) -> int:

@@ -108,6 +108,7 @@ def numerics_of(recipe: Recipe) -> Numerics:
         checkpointing=training["activation_checkpointing"],
         eager_attention=recipe.base.attention == "eager",
         dense_mask=flat(recipe) and recipe.base.attention != "flash_attention_2",
+        importance_bytes=8 if recipe.adapter.method == "adalora" else 0,
         moments_bytes=2 if "8bit" in training["optim"] else 8,
     )
 

@@ -275,8 +275,32 @@ def test_ranks_follow_the_schedule_and_stock_peft_loads_what_is_saved(recipe_fil
     with torch.no_grad():
         ours = trainer.adapted.eval()(input_ids=ids).logits
         torch.testing.assert_close(stock(input_ids=ids).logits, ours, rtol=0, atol=2e-5)
+        members = []
+        for model in (trainer.adapted, stock):
+            with LoraDropout(model, rate=0.5, seed=5).members([0, 1]):
+                members.append(model(input_ids=ids).logits)
+        torch.testing.assert_close(members[1], members[0], rtol=0, atol=1e-4)
+        assert (members[0] - ours).abs().max() > 0.1
         with stock.disable_adapter():
             assert (stock(input_ids=ids).logits - ours).abs().max() > 0.1  # the adapter does something
+
+
+def test_a_layer_may_be_left_without_any_rank(tmp_path: Path) -> None:
+    model = tiny_model(adalora())
+    allocation = observed(model, steps=1)
+    layers = [layer_weights(layer) for layer in allocation.layers.values()]
+    with torch.no_grad():
+        layers[3]["lora_E"].zero_()
+        layers[5]["lora_E"][1:4] = 0
+    allocation.on_train_end(None, None, None)  # type: ignore[arg-type]  # it reads the model only
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        before = model.eval()(input_ids=ids).logits
+        save_adapter(model, adapter_weights(model), settings_of(Adapter(), 5), tmp_path)
+        loaded = PeftModel.from_pretrained(tiny_model(adalora()).unload(), str(tmp_path)).eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, before, rtol=1e-5, atol=1e-4)
+    ranks = [len(weight) for name, weight in load_file(tmp_path / "adapter_model.safetensors").items() if "_E" in name]
+    assert sorted(ranks) == [0, 3, *[6] * 12]
 
 
 @pytest.mark.parametrize(
