@@ -17,7 +17,7 @@ from pipeline.lora_dropout import refusals
 from pipeline.lora_dropout.convolution import MaskedConvolution
 from pipeline.lora_dropout.embedding import MaskedEmbedding
 from pipeline.lora_dropout.experts import MaskedExperts
-from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer
+from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer, Runs
 from pipeline.lora_dropout.linear import MaskedLinear
 from pipeline.lora_dropout.masks import Coordinate, feature_words, kept, packed, padded, threshold
 from pipeline.lora_dropout.rates import Rates
@@ -240,6 +240,7 @@ class LoraDropout:
         bits = packed(
             kept(words, self.seed, purpose, coordinates, self._thresholds(rates, sizes, words.device), balanced)
         )
+        runs = None if lengths is None else Runs.of(lengths, words.device)
         parts = iter(bits.split([size // 8 for size in sizes], dim=1))
         return {
             name: LayerMasks(
@@ -250,7 +251,7 @@ class LoraDropout:
                 rate,
                 # an expert in a list sees any number of tokens, and all under the one mask
                 None if layer.one_group else rows,
-                None if layer.one_group or lengths is None else tuple(lengths),
+                None if layer.one_group else runs,
             )
             for (name, layer), rate in zip(self.layers.items(), rates, strict=True)
         }

@@ -100,7 +100,7 @@ class MaskedConvolution(MaskedLayer):
 
 def refuse_packed_rows(masks: LayerMasks) -> None:
     """Raise ``ValueError`` where several masks are to share a row: a kernel would reach across their border."""
-    if masks.lengths is not None and masks.groups > 1:
+    if masks.runs is not None and masks.groups > 1:
         raise ValueError(
             f"{masks.layer}: a convolution cannot have {masks.groups} masks in one row of packed examples, its kernel "
             "reaches from one into the next; give each example its own row"

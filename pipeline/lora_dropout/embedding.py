@@ -38,7 +38,7 @@ class MaskedEmbeddingVariant(LoraVariant):
             hidden = hidden * embed_scale.to(dtype)
         weight_b = module.lora_embedding_B[active_adapter]
         masked_b = masked_rows(weight_b, self.masks, module.scaling[active_adapter], dtype)
-        return added(result, hidden, masked_b, self.masks.packed_lengths(x.numel()))
+        return added(result, hidden, masked_b, self.masks.ragged_runs(x.numel()))
 
 
 class MaskedEmbedding(MaskedLayer):

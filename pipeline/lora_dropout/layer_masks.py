@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,29 @@ from pipeline.lora_dropout.masks import picked, unpacked
 
 _IN_LIST_OF_EXPERTS = re.compile(r"(^|\.)experts\.\d+\.")
 """A layer of one expert of many, in models that keep a list of them (``mlp.experts.3.up_proj``)."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Tokens of each group, where examples of different lengths lie in one row, one after another.
+
+    Made once for all layers: none waits for a copy to the device, and compiled code does not depend on the numbers.
+    """
+
+    lengths: tuple[int, ...]
+    """G of them."""
+    ends: torch.Tensor
+    """``(G,)`` int32: where each group's tokens end."""
+    tokens: int
+    """Of all groups."""
+    equal: bool
+    """Whether all lengths are the same."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Runs:
+        """The runs of these lengths."""
+        ends = torch.tensor(lengths).cumsum(0, dtype=torch.int32).to(device)
+        return cls(tuple(lengths), ends, sum(lengths), len(set(lengths)) == 1)
 
 
 @dataclass(frozen=True)
@@ -32,8 +56,8 @@ class LayerMasks:
     """p."""
     rows: int | None = None
     """Rows of the batch, where the caller said; otherwise any that G divides."""
-    lengths: tuple[int, ...] | None = None
-    """Tokens of each group, where examples of different lengths lie in one row, one after another."""
+    runs: Runs | None = None
+    """Where each group's tokens are, unless all groups have the same share of the rows."""
 
     @property
     def groups(self) -> int:
@@ -65,10 +89,11 @@ class LayerMasks:
             ``(number of them,)`` bool.
         """
         features = features.reshape(-1)
-        lengths = self.packed_lengths(len(features)) or (len(features) // self.groups,) * self.groups
-        groups = torch.arange(self.groups, device=features.device)
-        each = torch.tensor(lengths, device=features.device)
-        return picked(self.bits_in, groups.repeat_interleave(each, output_size=len(features)), features)
+        runs = self.ragged_runs(len(features))
+        places = torch.arange(len(features), device=features.device)
+        if runs is None:
+            return picked(self.bits_in, places // (len(features) // self.groups), features)
+        return picked(self.bits_in, torch.searchsorted(runs.ends, places, right=True), features)
 
     def check_rows(self, x: torch.Tensor) -> None:
         """Refuse an input whose rows do not belong to these groups.
@@ -81,7 +106,7 @@ class LayerMasks:
             ValueError: names the layer.
         """
         found = x.shape[0]
-        if self.lengths is not None or (self.groups == 1 and found == 1):  # one row for all rows: one mask for all
+        if self.runs is not None or (self.groups == 1 and found == 1):  # one row for all rows: one mask for all
             return
         shared = (
             "; what all rows share (DeBERTa's relative positions, BERT's positions) can only be under one mask: run "
@@ -97,20 +122,20 @@ class LayerMasks:
                 f"found {found} rows; rows must be group-major inside LoraDropout.masks(){shared}"
             )
 
-    def packed_lengths(self, tokens: int) -> tuple[int, ...] | None:
-        """``lengths``, or None where all groups have the same share of the tokens.
+    def ragged_runs(self, tokens: int) -> Runs | None:
+        """``runs``, or None where all groups have the same share of the tokens.
 
         Raises:
             ValueError: the lengths do not add up to the tokens.
         """
-        if self.lengths is None or self.groups == 1:
+        if self.runs is None or self.groups == 1:
             return None
-        if sum(self.lengths) != tokens:
+        if self.runs.tokens != tokens:
             raise ValueError(
-                f"{self.layer}: masks for {len(self.lengths)} examples of together {sum(self.lengths)} tokens, "
+                f"{self.layer}: masks for {self.groups} examples of together {self.runs.tokens} tokens, "
                 f"found {tokens} tokens"
             )
-        return None if len(set(self.lengths)) == 1 else self.lengths
+        return None if self.runs.equal else self.runs
 
 
 class MaskedLayer(ABC):

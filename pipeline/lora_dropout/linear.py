@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch.nn import functional as F
 
-from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer
+from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer, Runs
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -39,28 +39,25 @@ def masked_weights(
     return weight_a.to(dtype)[None] * masks.kept_in[:, None, :], masked_rows(weight_b, masks, scaling, dtype)
 
 
-def ragged_product(tokens: torch.Tensor, weights: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+def ragged_product(tokens: torch.Tensor, weights: torch.Tensor, runs: Runs) -> torch.Tensor:
     """Consecutive runs of tokens, each times its own matrix.
 
     Args:
-        tokens: ``(sum of lengths, in)``.
+        tokens: ``(tokens of all runs, in)``.
         weights: ``(G, in, out)``.
-        lengths: G of them.
+        runs: G of them.
 
     Returns:
-        ``(sum of lengths, out)``.
+        ``(tokens of all runs, out)``.
     """
     # one kernel for all runs, where its rule is met: rows of a multiple of 16 bytes
     if all(size * tokens.element_size() % 16 == 0 for size in weights.shape[1:]):
-        ends = torch.tensor(lengths, device=tokens.device).cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(tokens, weights, offs=ends)
-    runs = zip(tokens.split(lengths), weights, strict=True)
-    return torch.cat([run @ weight for run, weight in runs])
+        return F.grouped_mm(tokens, weights, offs=runs.ends)
+    parts = zip(tokens.split(runs.lengths), weights, strict=True)
+    return torch.cat([part @ weight for part, weight in parts])
 
 
-def added(
-    result: torch.Tensor, hidden: torch.Tensor, masked_b: torch.Tensor, lengths: tuple[int, ...] | None = None
-) -> torch.Tensor:
+def added(result: torch.Tensor, hidden: torch.Tensor, masked_b: torch.Tensor, runs: Runs | None = None) -> torch.Tensor:
     """``result + B_hat hidden``, group by group.
 
     The sum is part of the product where the dtypes allow, which saves an activation-sized tensor and a pass over it
@@ -68,17 +65,17 @@ def added(
 
     Args:
         result: ``(..., out)``, tokens in the order of ``hidden``.
-        hidden: ``(tokens, r)``, G runs of tokens, of equal or the given lengths.
+        hidden: ``(tokens, r)``, G runs of tokens.
         masked_b: ``(G, out, r)``, in the dtype of ``hidden``.
-        lengths: tokens of each group; None, all the same.
+        runs: of tokens; None, all of one length.
 
     Returns:
         Shape and dtype of ``result``.
     """
     groups, out_features, rank = masked_b.shape
     base = result.reshape(-1, out_features)
-    if lengths is not None:
-        return (base + ragged_product(hidden, masked_b.mT, lengths)).reshape(result.shape).to(result.dtype)
+    if runs is not None:
+        return (base + ragged_product(hidden, masked_b.mT, runs)).reshape(result.shape).to(result.dtype)
     if groups == 1:
         if base.dtype == hidden.dtype:
             return torch.addmm(base, hidden, masked_b[0].mT).reshape(result.shape)
@@ -94,29 +91,29 @@ def updated(
     x: torch.Tensor,
     masked_a: torch.Tensor,
     masked_b: torch.Tensor,
-    lengths: tuple[int, ...] | None = None,
+    runs: Runs | None = None,
 ) -> torch.Tensor:
     """``result + B_hat A_hat x``, group by group.
 
     Args:
         result: ``(..., out)``, tokens in the order of ``x``.
-        x: ``(..., in)``, group-major: its flattened tokens are G runs, of equal or the given lengths.
+        x: ``(..., in)``, group-major: its flattened tokens are G runs.
         masked_a: ``(G, r, in)``.
         masked_b: ``(G, out, r)``.
-        lengths: tokens of each group; None, all the same.
+        runs: of tokens; None, all of one length.
 
     Returns:
         Shape and dtype of ``result``.
     """
     groups, rank, in_features = masked_a.shape
     tokens = x.to(masked_a.dtype).reshape(-1, in_features)
-    if lengths is not None:
-        hidden = ragged_product(tokens, masked_a.mT, lengths)
+    if runs is not None:
+        hidden = ragged_product(tokens, masked_a.mT, runs)
     elif groups == 1:
         hidden = tokens @ masked_a[0].mT
     else:
         hidden = torch.bmm(tokens.view(groups, -1, in_features), masked_a.mT).view(-1, rank)
-    return added(result, hidden, masked_b, lengths)
+    return added(result, hidden, masked_b, runs)
 
 
 class MaskedLinearVariant(LoraVariant):
@@ -142,7 +139,7 @@ class MaskedLinearVariant(LoraVariant):
         )
         tokens = x.numel() // x.shape[-1]
         x = module.lora_dropout[active_adapter](x)  # the identity, unless peft's own dropout is asked for, too
-        return updated(result, x, masked_a, masked_b, self.masks.packed_lengths(tokens))
+        return updated(result, x, masked_a, masked_b, self.masks.ragged_runs(tokens))
 
 
 class MaskedLinear(MaskedLayer):

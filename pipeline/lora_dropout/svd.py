@@ -41,8 +41,8 @@ def added_linear(
         return updated(result, x, scaled_q(layer, adapter_name, 1.0).to(dtype)[None], weight_p)
     masks.check_rows(x)
     masked_q = scaled_q(layer, adapter_name, masks.scale).to(dtype)[None] * masks.kept_in[:, None, :]
-    lengths = masks.packed_lengths(x.numel() // x.shape[-1])
-    return updated(result, x, masked_q, weight_p * masks.kept_out[:, :, None], lengths)
+    runs = masks.ragged_runs(x.numel() // x.shape[-1])
+    return updated(result, x, masked_q, weight_p * masks.kept_out[:, :, None], runs)
 
 
 def added_convolution(
