@@ -1,4 +1,4 @@
-"""Held-out loss by the sampling of masks: tune the learning rate, train every recipe of this folder over seeds, compare.
+"""Held-out loss by the sampling of masks: tune the learning rate, train each recipe of this folder over seeds, compare.
 
 python recipes/sampling/study.py alpaca.json [--output outputs/sampling] [--jobs 2]
 
@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,11 @@ from pipeline.errors import UserError
 MODES = ("lora", "instance-1", "example-1", "instance-4", "example-4")
 RECIPES = {mode: HERE / ("sampling.yaml" if mode == "example-1" else f"{mode}.yaml") for mode in MODES}
 PASSES = {"lora": 1, "instance-1": 1, "example-1": 1, "instance-4": 4, "example-4": 4}
-STEPS = 60
+STEPS = 30
 """Optimizer steps at which all modes are compared; at equal compute, a mode of one pass has four times as many."""
 BUDGETS = ("equal steps", "equal compute")
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+RATES = {STEPS: (1e-3, 2e-3, 4e-3), 4 * STEPS: (2.5e-4, 5e-4, 1e-3)}
+"""Learning rates tried, by optimizer steps."""
 TUNING_SEED = 0
 TEST_SEEDS = (1, 2, 3, 4, 5)
 TRAIN_ROWS, HELD_OUT_ROWS, MAX_LENGTH = 128, 176, 48
@@ -140,7 +141,8 @@ def carry_out(run: Run, output: Path) -> float:
 def carry_out_all(runs: Iterable[Run], output: Path, jobs: int) -> None:
     """Those that are not finished, a few at a time, longest first."""
     waiting = sorted(
-        (run for run in set(runs) if not finished(run, output)), key=lambda run: (-run.steps * PASSES[run.mode], run.name)
+        (run for run in set(runs) if not finished(run, output)),
+        key=lambda run: (-run.steps * PASSES[run.mode], run.name),
     )
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(carry_out, run, output): run for run in waiting}
@@ -154,50 +156,51 @@ def history(run: Run, output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def held_out_loss(run: Run, output: Path, step: int) -> float:
-    """Masks off, in nats per token."""
-    return next(line["validation_loss"] for line in history(run, output) if "validation_loss" in line and line["step"] == step)
+def at_step(run: Run, output: Path, key: str, step: int) -> float:
+    """What the run logged under a key at a step."""
+    return next(line[key] for line in history(run, output) if line["step"] == step and key in line)
 
 
-def tuning_run(mode: str, rate: float) -> Run:
-    """Long enough for both budgets."""
-    return Run(mode, rate, TUNING_SEED, steps_at(mode, "equal compute"))
+Rates = dict[str, dict[int, float]]
+"""Learning rate by mode and optimizer steps."""
 
 
-def tuned_rates(output: Path, jobs: int) -> dict[str, dict[str, float]]:
-    """By mode and budget, the learning rate with the least held-out loss at the tuning seed.
+def longest_run(mode: str, rate: float, seed: int, wanted: dict[int, Collection[float]]) -> Run:
+    """The run that has this learning rate at every number of steps where it is wanted: the rate is constant."""
+    return Run(mode, rate, seed, max(steps for steps, rates in wanted.items() if rate in rates))
 
-    Where it is the lowest or the highest tried for a mode, the next by a factor of two is tried, too.
+
+def tuned_rates(output: Path, jobs: int) -> Rates:
+    """The learning rate with the least held-out loss at the tuning seed.
+
+    Where it is the lowest or the highest tried, the next by a factor of two is tried, too.
     """
-    tried = {mode: set(RATES) for mode in MODES}
+    tried = {mode: {steps_at(mode, budget): set(RATES[steps_at(mode, budget)]) for budget in BUDGETS} for mode in MODES}
     while True:
-        carry_out_all((tuning_run(mode, rate) for mode in MODES for rate in tried[mode]), output, jobs)
-        best = {
-            mode: {
-                budget: min(
-                    tried[mode],
-                    key=lambda rate: held_out_loss(tuning_run(mode, rate), output, steps_at(mode, budget)),  # noqa: B023
-                )
-                for budget in BUDGETS
-            }
+        runs = {
+            (mode, rate): longest_run(mode, rate, TUNING_SEED, tried[mode])
             for mode in MODES
+            for rate in set().union(*tried[mode].values())
         }
-        wider = {
-            mode: {rate / 2 for rate in best[mode].values() if rate == min(tried[mode])}
-            | {rate * 2 for rate in best[mode].values() if rate == max(tried[mode])}
-            for mode in MODES
-        }
-        if not any(wider.values()):
-            return best
+        carry_out_all(runs.values(), output, jobs)
+        best: Rates = {mode: {} for mode in MODES}
+        complete = True
         for mode in MODES:
-            tried[mode] |= wider[mode]
+            for steps, rates in tried[mode].items():
+                losses = {rate: at_step(runs[mode, rate], output, "validation_loss", steps) for rate in rates}
+                best[mode][steps] = rate = min(losses, key=losses.__getitem__)
+                wider = {min(rates): rate / 2, max(rates): rate * 2}.get(rate)
+                if wider is not None:
+                    rates.add(wider)
+                    complete = False
+        if complete:
+            return best
 
 
-def test_run(mode: str, seed: int, budget: str, rates: dict[str, dict[str, float]]) -> Run:
-    """The run that shows a mode at a budget; one run shows both where their learning rates are the same."""
-    rate = rates[mode][budget]
-    longest = max(steps_at(mode, other) for other in BUDGETS if rates[mode][other] == rate)
-    return Run(mode, rate, seed, longest)
+def test_run(mode: str, seed: int, budget: str, best: Rates) -> Run:
+    """The run that shows a mode at a budget."""
+    wanted = {steps: [rate] for steps, rate in best[mode].items()}
+    return longest_run(mode, best[mode][steps_at(mode, budget)], seed, wanted)
 
 
 def study(
@@ -217,7 +220,9 @@ def study(
     if stage == "tune":
         return
     carry_out_all(
-        (test_run(mode, seed, budget, rates) for mode in MODES for seed in TEST_SEEDS for budget in BUDGETS), output, jobs
+        (test_run(mode, seed, budget, rates) for mode in MODES for seed in TEST_SEEDS for budget in BUDGETS),
+        output,
+        jobs,
     )
 
 

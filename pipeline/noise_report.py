@@ -1,0 +1,116 @@
+"""Gradient noise as a table, as sentences and as a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.gradient_noise import Estimate
+from pipeline.noise import Comparison, Noise
+
+SHARED, OWN, BALANCED = "#b4552d", "#2d6cb4", "#7a7a7a"
+COLOURS = {"instance": SHARED, "example": OWN, "balanced": BALANCED}
+
+
+def print_noise(noise: Noise, console: Console) -> None:
+    """Components, both comparisons, and what they mean."""
+    total = sum(part.value for part in (noise.examples, noise.masks, noise.interaction))
+    table = Table(
+        title=f"{noise.recipe} at {noise.adapter}: variance of one example's gradient under one mask, p = {noise.rate}"
+    )
+    for heading in ("component", "variance", "95 % interval", "share"):
+        table.add_column(heading, justify="left" if heading == "component" else "right")
+    names = {"examples, V_x": noise.examples, "masks, V_m": noise.masks, "interaction, V_xm": noise.interaction}
+    for name, part in names.items():
+        table.add_row(name, _number(part.value), _interval(part), f"{part.value / total:.0%}")
+    console.print(table)
+    console.print(_compared(noise.equal_examples, f"Equal examples, B = {noise.effort.examples} per step"))
+    console.print(
+        _compared(noise.equal_compute, f"Equal compute, {noise.effort.passes} rows through the model per step")
+    )
+    for line in in_words(noise):
+        console.print(line)
+
+
+def _compared(comparisons: list[Comparison], title: str) -> Table:
+    table = Table(title=title)
+    for heading in ("masks", "B", "rows", "predicted", "measured", "95 % interval", "measured / predicted"):
+        table.add_column(heading, justify="left" if heading == "masks" else "right")
+    for one in comparisons:
+        ratio = "-" if one.predicted is None else f"{one.measured.value / one.predicted.value:.2f}"
+        guess = "-" if one.predicted is None else _number(one.predicted.value)
+        setting = one.setting
+        table.add_row(
+            *(setting.name, str(setting.examples), str(setting.passes)),
+            *(guess, _number(one.measured.value), _interval(one.measured), ratio),
+        )
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{_number(estimate.low)} to {_number(estimate.high)}"
+
+
+def in_words(noise: Noise) -> list[str]:
+    """Which sampling is quieter here."""
+    lines = []
+    for instances, batch in noise.break_even.items():
+        lines.append(
+            f"One mask per example is never quieter than {instances} shared masks here: masks shared by a batch add no "
+            "noise of their own that could be told from zero."
+            if math.isinf(batch)
+            else f"One mask per example (1 pass) is as quiet as {instances} shared masks ({instances} passes) from "
+            f"{batch:.0f} examples per micro-batch on."
+        )
+    quietest = min(noise.equal_compute, key=lambda one: one.measured.value)
+    lines.append(
+        f"At equal compute the quietest measured is {quietest.setting.name} with {quietest.setting.examples} examples; "
+        f"{_spread(noise.equal_compute)}."
+    )
+    quietest = min(noise.equal_examples, key=lambda one: one.measured.value)
+    lines.append(
+        f"At equal examples it is {quietest.setting.name}, at {quietest.setting.instances} passes; "
+        f"{_spread(noise.equal_examples)}."
+    )
+    return lines
+
+
+def _spread(comparisons: list[Comparison]) -> str:
+    ordered = sorted(comparisons, key=lambda one: one.measured.value)
+    ratio = ordered[-1].measured.value / ordered[0].measured.value
+    return f"the noisiest, {ordered[-1].setting.name}, has {ratio:.2f} times its variance"
+
+
+def plot(noise: Noise, file: Path) -> None:
+    """Measured variance with intervals, and the formula's as a line, for both comparisons."""
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
+    _draw(left, noise.equal_examples, f"equal examples: B = {noise.effort.examples}")
+    _draw(right, noise.equal_compute, f"equal compute: {noise.effort.passes} rows per step")
+    right.legend(loc="lower right", frameon=False, fontsize=8)
+    figure.savefig(file)
+
+
+def _draw(axes: Axes, comparisons: list[Comparison], title: str) -> None:
+    for place, one in enumerate(reversed(comparisons)):
+        colour = COLOURS[one.setting.sampling]
+        error = [[one.measured.value - one.measured.low], [one.measured.high - one.measured.value]]
+        label = "measured, 95 %" if place == 0 else None
+        axes.errorbar(one.measured.value, place, xerr=error, fmt="o", color=colour, capsize=3, label=label)
+        if one.predicted is not None:
+            label = "formula" if place == 0 else None
+            axes.plot([one.predicted.value] * 2, [place - 0.35, place + 0.35], color=colour, alpha=0.6, label=label)
+    axes.set_yticks(range(len(comparisons)), [f"{one.setting.name}" for one in reversed(comparisons)])
+    axes.set_xlim(left=0)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("variance of the step's gradient", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
