@@ -162,8 +162,15 @@ def packed(bits: torch.Tensor) -> torch.Tensor:
     return gathered.to(torch.uint8)
 
 
+_BITS_OF_BYTES = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).bool().view(torch.int64).flatten()
+"""Each byte's eight bits as eight bools in a word."""
+
+
 def unpacked(packed_bits: torch.Tensor, features: int) -> torch.Tensor:
     """``(..., features)`` bool from ``(..., padded(features)/8)`` uint8."""
+    if packed_bits.device.type == "cpu":  # a look-up, 2 to 6 times faster: every layer does it twice in each pass
+        words = _BITS_OF_BYTES.index_select(0, packed_bits.flatten().int())
+        return words.view(torch.bool).view(*packed_bits.shape[:-1], -1)[..., :features]
     places = torch.arange(8, dtype=torch.uint8, device=packed_bits.device)
     return ((packed_bits[..., None] >> places) & 1).flatten(-2)[..., :features].bool()
 
