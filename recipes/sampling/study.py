@@ -12,16 +12,18 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[0] = str(HERE.parents[1])  # python puts this folder first
+sys.path.insert(0, str(HERE.parents[1]))  # python puts this folder first
 
 import typer
+from compare import Measured, ensemble_loss, mean_until, write_results
 
 from launch.command import run_command
 from pipeline.errors import UserError
@@ -122,7 +124,7 @@ def finished(run: Run, output: Path) -> bool:
     return (output / "runs" / run.name / "provenance.json").exists()
 
 
-def carry_out(run: Run, output: Path) -> float:
+def train_run(run: Run, output: Path) -> float:
     """Train in this process, its output in a log file; returns seconds."""
     from pipeline.environment import prepare_environment
 
@@ -138,16 +140,20 @@ def carry_out(run: Run, output: Path) -> float:
     return time.perf_counter() - started
 
 
-def carry_out_all(runs: Iterable[Run], output: Path, jobs: int) -> None:
-    """Those that are not finished, a few at a time, longest first."""
-    waiting = sorted(
-        (run for run in set(runs) if not finished(run, output)),
-        key=lambda run: (-run.steps * PASSES[run.mode], run.name),
-    )
+def in_parallel(work: Callable[..., float], tasks: Sequence[tuple[Any, ...]], jobs: int) -> None:
+    """``work(*task)`` for each, whose first part is its run, a few at a time; each is said when it is done."""
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(carry_out, run, output): run for run in waiting}
+        running = {pool.submit(work, *task): task[0] for task in tasks}
         for done, future in enumerate(as_completed(running), start=1):
-            print(f"{done}/{len(waiting)}  {running[future].name}  {future.result():.0f} s", flush=True)
+            seconds = future.result()
+            print(f"{done}/{len(tasks)}  {work.__name__}  {running[future].name}  {seconds:.0f} s", flush=True)
+
+
+def train_all(runs: Iterable[Run], output: Path, jobs: int) -> None:
+    """Those that are not finished, longest first."""
+    waiting = [run for run in set(runs) if not finished(run, output)]
+    waiting.sort(key=lambda run: (-run.steps * PASSES[run.mode], run.name))
+    in_parallel(train_run, [(run, output) for run in waiting], jobs)
 
 
 def history(run: Run, output: Path) -> list[dict[str, float]]:
@@ -165,7 +171,7 @@ Rates = dict[str, dict[int, float]]
 """Learning rate by mode and optimizer steps."""
 
 
-def longest_run(mode: str, rate: float, seed: int, wanted: dict[int, Collection[float]]) -> Run:
+def longest_run(mode: str, rate: float, seed: int, wanted: Mapping[int, Collection[float]]) -> Run:
     """The run that has this learning rate at every number of steps where it is wanted: the rate is constant."""
     return Run(mode, rate, seed, max(steps for steps, rates in wanted.items() if rate in rates))
 
@@ -182,7 +188,7 @@ def tuned_rates(output: Path, jobs: int) -> Rates:
             for mode in MODES
             for rate in set().union(*tried[mode].values())
         }
-        carry_out_all(runs.values(), output, jobs)
+        train_all(runs.values(), output, jobs)
         best: Rates = {mode: {} for mode in MODES}
         complete = True
         for mode in MODES:
@@ -203,27 +209,76 @@ def test_run(mode: str, seed: int, budget: str, best: Rates) -> Run:
     return longest_run(mode, best[mode][steps_at(mode, budget)], seed, wanted)
 
 
+def ensemble_file(run: Run, steps: int, output: Path) -> Path:
+    """Holds the ensemble's held-out loss after these steps."""
+    return output / "runs" / run.name / f"ensemble-{steps}.json"
+
+
+def measure_ensemble(run: Run, output: Path, steps: int) -> float:
+    """Write :func:`ensemble_file`; returns seconds."""
+    from pipeline.environment import prepare_environment
+
+    prepare_environment()
+    started = time.perf_counter()
+    folder = output / "runs" / run.name
+    adapter = folder if steps == run.steps else folder / "checkpoints" / f"checkpoint-{steps}"
+    loss = ensemble_loss(folder / "recipe.yaml", adapter)
+    ensemble_file(run, steps, output).write_text(json.dumps(loss))
+    return time.perf_counter() - started
+
+
+def measure_ensembles(tests: Mapping[tuple[str, int, str], Run], output: Path, jobs: int) -> None:
+    """Those that are not measured yet."""
+    wanted = {(run, output, steps_at(mode, budget)) for (mode, _, budget), run in tests.items() if mode != "lora"}
+    waiting = [task for task in wanted if not ensemble_file(task[0], task[2], output).exists()]
+    in_parallel(measure_ensemble, sorted(waiting, key=lambda task: (task[0].seed, task[0].name, task[2])), jobs)
+
+
+def measured_run(mode: str, seed: int, budget: str, run: Run, output: Path) -> Measured:
+    """A run at a point of comparison."""
+    steps = steps_at(mode, budget)
+    lines = history(run, output)
+    return Measured(
+        mode=mode,
+        seed=seed,
+        budget=budget,
+        steps=steps,
+        learning_rate=run.rate,
+        held_out=at_step(run, output, "validation_loss", steps),
+        probe=at_step(run, output, "probe_loss", steps),
+        ensemble=None if mode == "lora" else json.loads(ensemble_file(run, steps, output).read_text()),
+        clip_fraction=mean_until(lines, "clip_fraction", steps),
+        update_norm=mean_until(lines, "update_norm", steps),
+    )
+
+
 def study(
     rows: Annotated[Path, typer.Argument(metavar="ROWS", help="Alpaca rows: a json, jsonl or parquet file.")],
     output: Annotated[Path, typer.Option(help="Folder of runs and results.")] = Path("outputs/sampling"),
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; set OMP_NUM_THREADS to cores / jobs.")] = 2,
-    stage: Annotated[str, typer.Option(help="tune, test or all.")] = "all",
 ) -> None:
-    """Tune, train and compare."""
+    """Tune, train, and compare: writes results.json, results.svg and table.md."""
     from pipeline.environment import prepare_environment
 
     prepare_environment()
     output = output.absolute()
     write_rows(rows, output)
-    rates = tuned_rates(output, jobs)
-    print(json.dumps(rates, indent=2))
-    if stage == "tune":
-        return
-    carry_out_all(
-        (test_run(mode, seed, budget, rates) for mode in MODES for seed in TEST_SEEDS for budget in BUDGETS),
-        output,
-        jobs,
-    )
+    best = tuned_rates(output, jobs)
+    print(f"learning rates: {json.dumps(best)}", flush=True)
+    tests = {key: test_run(*key, best) for key in product(MODES, TEST_SEEDS, BUDGETS)}
+    train_all(tests.values(), output, jobs)
+    measure_ensembles(tests, output, jobs)
+    found = [measured_run(*key, run, output) for key, run in tests.items()]
+    protocol = {
+        "train_rows": TRAIN_ROWS,
+        "held_out_rows": HELD_OUT_ROWS,
+        "max_length": MAX_LENGTH,
+        "tuning_seed": TUNING_SEED,
+        "learning_rates": best,
+    }
+    text = write_results(found, protocol, output)
+    (output / "table.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

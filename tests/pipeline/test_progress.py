@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_support import random_rows, write_rows
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.base import load_tokenizer
 from pipeline.data import load_splits
 from pipeline.progress import plain_words
 from pipeline.recipe import load_recipe
+from pipeline.step_norms import StepNorms
 from pipeline.train import train
 
 RECIPE = """
@@ -36,6 +39,7 @@ def test_copies_are_not_counted_as_tokens(tmp_path: Path, small_base: Path, exec
     records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert all(record["tokens_per_second"] > 0 for record in records)  # miscounted, a short batch after a long is below
+    assert all(0 <= record["clip_fraction"] <= 1 and record["update_norm"] > 0 for record in records)
     events = EventAccumulator(str(folder / "runs")).Reload()
     (tag,) = [tag for tag in events.Tags()["scalars"] if tag.endswith("num_tokens")]
     counted = [event.value for event in events.Scalars(tag)]
@@ -52,3 +56,28 @@ def test_the_line_is_in_plain_words() -> None:
     assert plain_words(measured, 200).endswith(
         "validation loss 0.6038 · training probe 0.5527 · generalisation gap +0.0511"
     )
+
+
+def test_step_norms_are_those_of_each_step() -> None:
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    arguments, state, control = TrainingArguments(report_to="none"), TrainerState(), TrainerControl()
+    norms, expected, above = StepNorms(), [], []
+    for _ in range(5):
+        norms.on_step_begin(arguments, state, control, model=model)
+        before = model.weight.detach().clone()
+        model(torch.randn(4, 3)).square().sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 8.0)
+        norms.gradient(norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        norms.on_step_end(arguments, state, control, model=model)
+        expected.append(float((model.weight.detach() - before).norm()))
+        above.append(float(norm) > 8.0)
+    found = norms.averages(max_grad_norm=8.0)
+    assert found["update_norm"] == pytest.approx(sum(expected) / 5, rel=1e-5)
+    assert found["clip_fraction"] == sum(above) / 5
+    assert norms.averages(8.0) == {}  # since the last call
+    norms.gradient(1.0)
+    assert norms.averages(max_grad_norm=0.0) == {}  # nothing is clipped
