@@ -28,9 +28,9 @@ def noise(
         typer.Option(help="Run or checkpoint folder with the weights at which to measure; else as initialised."),
     ] = None,
     examples: Annotated[int, typer.Option(min=2, help="Examples B of a step.")] = 8,
-    repeats: Annotated[int, typer.Option(min=3, help="Steps drawn for each direct measurement.")] = 24,
+    repeats: Annotated[int, typer.Option(min=3, help="Steps drawn for each direct measurement.")] = 32,
     grids: Annotated[int, typer.Option(min=2, help="Independent grids of examples and masks.")] = 8,
-    grid_examples: Annotated[int, typer.Option(min=2, help="Examples of each grid.")] = 8,
+    grid_examples: Annotated[int, typer.Option(min=2, help="Examples of each grid.")] = 32,
     grid_masks: Annotated[int, typer.Option(min=2, help="Masks of each grid.")] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them (.svg, .png).")] = None,
@@ -44,11 +44,13 @@ def noise(
     recipe = load_recipe(recipe_file, overrides or [])
 
     from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
 
     from pipeline.noise import Effort, measure_noise
     from pipeline.noise_report import plot, print_noise
 
     effort = Effort(grids, grid_examples, grid_masks, examples, repeats)
+    disable_progress_bar()
     progress = Console(stderr=True)
     with progress.status("loading") as status:
         found = measure_noise(recipe, adapter, effort, status.update)

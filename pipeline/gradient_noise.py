@@ -188,6 +188,22 @@ def break_even(variances: Components, instances: int) -> float:
     return instances + (instances - 1) * max(variances.interaction, 0.0) / variances.masks
 
 
+def break_even_interval(grids: Sequence[Components], instances: int) -> tuple[float, float]:
+    """95 % interval of :func:`break_even` from independent grids; an end may be infinite.
+
+    It holds the numbers of examples b for which the Student t interval of ``V_m (b-N) - V_xm (N-1)`` includes 0
+    (Fieller's method: the ratio of two means has no moments to build an interval from), up to 10**6.
+    """
+    candidates = [instances * (1e6 / instances) ** (step / 2000) for step in range(2001)]
+    advantage = [
+        averaged([grid.masks * (b - instances) - grid.interaction * (instances - 1) for grid in grids])
+        for b in candidates
+    ]
+    low = next((b for b, found in zip(candidates, advantage, strict=True) if found.high >= 0), math.inf)
+    high = next((b for b, found in zip(candidates, advantage, strict=True) if found.low > 0), math.inf)
+    return low, high
+
+
 def variance(gradients: torch.Tensor) -> Estimate:
     """Total variance over coordinates of repeated, independent gradients, with a jackknife standard error.
 

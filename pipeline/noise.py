@@ -28,6 +28,7 @@ from pipeline.gradient_noise import (
     Setting,
     averaged,
     break_even,
+    break_even_interval,
     grid_components,
     measured,
     predicted,
@@ -40,13 +41,13 @@ class Effort:
     """How much is computed."""
 
     grids: int = 8
-    grid_examples: int = 8
-    """X of each grid."""
+    grid_examples: int = 32
+    """X of each grid; V_m is told from V_xm/X, so that many examples help most."""
     grid_masks: int = 8
     """M of each grid."""
     examples: int = 8
     """B of a step, for the direct measurement at equal examples; equal compute is that of N = 4 with B examples."""
-    repeats: int = 24
+    repeats: int = 32
     """Steps drawn for each direct measurement."""
 
     @property
@@ -66,6 +67,16 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class BreakEven:
+    """Examples per micro-batch from which one draw per example is quieter than N shared masks."""
+
+    examples: float
+    low: float
+    high: float
+    """95 % interval."""
+
+
+@dataclass(frozen=True)
 class Noise:
     """What was found."""
 
@@ -80,8 +91,8 @@ class Noise:
     """V_m."""
     interaction: Estimate
     """V_xm."""
-    break_even: dict[int, float]
-    """By N: examples per micro-batch from which one draw per example is quieter than N shared masks."""
+    break_even: dict[int, BreakEven]
+    """By N."""
     equal_examples: list[Comparison]
     equal_compute: list[Comparison]
     effort: Effort
@@ -161,7 +172,7 @@ def measure_noise(recipe: Recipe, adapter: Path | None, effort: Effort, tell: Ca
         examples=parts[0],
         masks=parts[1],
         interaction=parts[2],
-        break_even={instances: break_even(means, instances) for instances in (2, 4, 8)},
+        break_even={n: BreakEven(break_even(means, n), *break_even_interval(grids, n)) for n in (2, 4, 8)},
         equal_examples=[comparisons[setting] for setting in equal_examples],
         equal_compute=[comparisons[setting] for setting in equal_compute],
         effort=effort,

@@ -39,7 +39,7 @@ def print_noise(noise: Noise, console: Console) -> None:
 
 def _compared(comparisons: list[Comparison], title: str) -> Table:
     table = Table(title=title)
-    for heading in ("masks", "B", "rows", "predicted", "measured", "95 % interval", "measured / predicted"):
+    for heading in ("masks", "B", "rows", "formula", "measured", "95 % interval", "ratio"):
         table.add_column(heading, justify="left" if heading == "masks" else "right")
     for one in comparisons:
         ratio = "-" if one.predicted is None else f"{one.measured.value / one.predicted.value:.2f}"
@@ -64,12 +64,10 @@ def in_words(noise: Noise) -> list[str]:
     """Which sampling is quieter here."""
     lines = []
     for instances, batch in noise.break_even.items():
+        interval = f"95 % interval {_examples(batch.low)} to {_examples(batch.high)}"
         lines.append(
-            f"One mask per example is never quieter than {instances} shared masks here: masks shared by a batch add no "
-            "noise of their own that could be told from zero."
-            if math.isinf(batch)
-            else f"One mask per example (1 pass) is as quiet as {instances} shared masks ({instances} passes) from "
-            f"{batch:.0f} examples per micro-batch on."
+            f"One mask per example (1 pass) is as quiet as {instances} shared masks ({instances} passes) from "
+            f"{_examples(batch.examples)} examples per micro-batch on ({interval})."
         )
     quietest = min(noise.equal_compute, key=lambda one: one.measured.value)
     lines.append(
@@ -84,6 +82,10 @@ def in_words(noise: Noise) -> list[str]:
     return lines
 
 
+def _examples(count: float) -> str:
+    return "infinitely many" if math.isinf(count) else f"{count:.0f}"
+
+
 def _spread(comparisons: list[Comparison]) -> str:
     ordered = sorted(comparisons, key=lambda one: one.measured.value)
     ratio = ordered[-1].measured.value / ordered[0].measured.value
@@ -93,10 +95,10 @@ def _spread(comparisons: list[Comparison]) -> str:
 def plot(noise: Noise, file: Path) -> None:
     """Measured variance with intervals, and the formula's as a line, for both comparisons."""
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True)
+    left, right = figure.subplots(1, 2)
     _draw(left, noise.equal_examples, f"equal examples: B = {noise.effort.examples}")
     _draw(right, noise.equal_compute, f"equal compute: {noise.effort.passes} rows per step")
-    right.legend(loc="lower right", frameon=False, fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(file)
 
 
@@ -109,7 +111,8 @@ def _draw(axes: Axes, comparisons: list[Comparison], title: str) -> None:
         if one.predicted is not None:
             label = "formula" if place == 0 else None
             axes.plot([one.predicted.value] * 2, [place - 0.35, place + 0.35], color=colour, alpha=0.6, label=label)
-    axes.set_yticks(range(len(comparisons)), [f"{one.setting.name}" for one in reversed(comparisons)])
+    names = [f"{one.setting.name}, B = {one.setting.examples}" for one in reversed(comparisons)]
+    axes.set_yticks(range(len(comparisons)), names)
     axes.set_xlim(left=0)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("variance of the step's gradient", fontsize=9)

@@ -15,6 +15,7 @@ from pipeline.gradient_noise import (
     Setting,
     averaged,
     break_even,
+    break_even_interval,
     components,
     grid_components,
     measured,
@@ -103,6 +104,15 @@ def test_formulas_by_hand() -> None:
     assert one == pytest.approx(predicted(parts, Setting("instance", 4, 9)))
     assert even == 9
     assert break_even(Components(1.0, -0.1, 2.0), 4) == math.inf
+
+
+def test_break_even_interval_holds_the_truth() -> None:
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    parts = torch.tensor([8.0, 3.0, 5.0]) + 0.3 * torch.randn(12, 3, generator=generator)
+    low, high = break_even_interval([Components(*grid) for grid in parts.tolist()], 4)
+    assert 4 < low < 9.5 and 8.5 < high < 20, (low, high)  # the truth is 9, the error of V_m and V_xm 0.09
+    drowned = [Components(8.0, masks, 5.0) for masks in (-2.0, 2.0, -1.0, 1.5)]
+    assert break_even_interval(drowned, 4)[1] == math.inf
 
 
 def test_jackknife_is_the_leave_one_out_one() -> None:
