@@ -57,6 +57,7 @@ def evaluate(
     check_base(recipe.base, adapter)
     check_settings(settings, recipe, adapter)
     systems, warnings = systems_of(recipe, settings, adapter)
+    unset_hf_deepspeed_config()  # else a ZeRO-3 trainer of this process would have the base loaded in shards
     masks = ensemble_settings(settings, recipe)
     check_adapter(recipe.base, adapter, masks if "ensemble" in systems else None)
     if is_main():
@@ -65,7 +66,6 @@ def evaluate(
     tasks = load_tasks(recipe.eval)
     prompt = TrainingPrompt(recipe).render if recipe.eval.prompt == "training" else None
     group = process_group()
-    unset_hf_deepspeed_config()  # else a ZeRO-3 trainer of this process would have the base loaded in shards
     tokenizer = load_tokenizer(recipe.base)
     finished: dict[str, SystemScores] = {}
     with memory_advice(recipe.eval):

@@ -264,7 +264,8 @@ def write_card(source: Source, words: str, library: str, folder: Path) -> None:
 
 
 def manifest(form: Form, source: Source) -> dict[str, Any]:
-    """What ties an export to the adapter it came from."""
+    """What ties an export to the adapter it came from, and to the base it was trained on."""
+    known = source.recipe is not None  # how the base was stored stands in the recipe alone
     return {
         "form": form,
         "created": now(),
@@ -277,8 +278,8 @@ def manifest(form: Form, source: Source) -> dict[str, Any]:
         "base": {
             "model": source.base.model,
             "revision": source.base.revision,
-            "quantization": source.base.quantization,
-            "dtype": source.base.dtype,
+            "quantization": source.base.quantization if known else None,
+            "dtype": source.base.dtype if known else None,
         },
         "versions": versions(),
         "git": git_state(),

@@ -33,8 +33,12 @@ COMMANDS = {
     "adapter.dropout.rate=0.3": "as the command before it, whose overrides are more",
     'python launch/ask.py outputs/pocket "Which number comes after 41?"': "--max-new-tokens 4",
     "python launch/evaluate.py recipes/pocket/pocket.yaml eval.ensemble.instances=4": (
-        "--adapter {runs}/readme --output {runs}/results eval.limit=2 eval.tasks.2=pocket_answer"
+        "--adapter {runs}/readme --output {runs}/results eval.limit=2 eval.tasks.2=pocket_answer "
+        "adapter.dropout.rate=0.5"
     ),
+    "python launch/export.py outputs/pocket": "as the command below, which does more",
+    "python launch/export.py outputs/pocket --form merged": "--output {runs}/merged --max-shard-size 5MB",
+    "python launch/export.py outputs/pocket --form ensemble --instances 8": "as the command in test_export.py",
     "python launch/schema.py": "",
 }
 
@@ -84,6 +88,7 @@ def test_the_commands_run(tmp_path: Path, repository: Path, pocket_base: Path) -
     assert f"adapter written to {tmp_path / 'readme'}" in said
     assert "confidence" in said
     assert (tmp_path / "results" / "pocket" / "latest" / "report.html").exists()
+    assert (tmp_path / "merged" / "model.safetensors.index.json").exists()
     assert (tmp_path / "eval" / "outputs" / "readme" / "latest" / "report.md").exists()
 
 

@@ -79,10 +79,9 @@ def test_chunks_of_members_choose_the_same_tokens(adapted: Any, rows_per_pass: i
 
 
 def test_sampling_draws_one_token_for_all_members(adapted: Any) -> None:
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 0}  # generate's own default takes the 50 best only
     torch.manual_seed(11)
-    generated = generate(
-        adapted, EnsembleDecoder(adapted.dropout, Ensemble(instances=3)), PROMPTS[:1], do_sample=True, temperature=0.7
-    )
+    generated = generate(adapted, EnsembleDecoder(adapted.dropout, Ensemble(instances=3)), PROMPTS[:1], **sampling)
 
     def draw(_: torch.Tensor, scores: torch.Tensor) -> int:
         return int(torch.multinomial((scores / 0.7).softmax(-1)[None], num_samples=1))
@@ -90,19 +89,17 @@ def test_sampling_draws_one_token_for_all_members(adapted: Any) -> None:
     torch.manual_seed(11)
     assert generated[0].tolist() == naive_tokens(adapted, PROMPTS[0], 3, "logits", draw)
     torch.manual_seed(12)
-    other = generate(
-        adapted, EnsembleDecoder(adapted.dropout, Ensemble(instances=3)), PROMPTS[:1], do_sample=True, temperature=0.7
-    )
+    other = generate(adapted, EnsembleDecoder(adapted.dropout, Ensemble(instances=3)), PROMPTS[:1], **sampling)
     assert other.tolist() != generated.tolist()
 
 
 def test_processors_act_once_on_the_average(adapted: Any) -> None:
     decoder = EnsembleDecoder(adapted.dropout, Ensemble(instances=2))
-    generated = generate(adapted, decoder, PROMPTS[:1], repetition_penalty=3.0)
+    generated = generate(adapted, decoder, PROMPTS[2:], repetition_penalty=3.0)
     penalty = RepetitionPenaltyLogitsProcessor(3.0)
-    expected = naive_tokens(adapted, PROMPTS[0], 2, "logits", lambda ids, s: int(penalty(ids, s[None]).argmax()))
+    expected = naive_tokens(adapted, PROMPTS[2], 2, "logits", lambda ids, s: int(penalty(ids, s[None]).argmax()))
     assert generated[0].tolist() == expected
-    plain = generate(adapted, EnsembleDecoder(adapted.dropout, Ensemble(instances=2)), PROMPTS[:1])
+    plain = generate(adapted, EnsembleDecoder(adapted.dropout, Ensemble(instances=2)), PROMPTS[2:])
     assert generated.tolist() != plain.tolist()
 
 
