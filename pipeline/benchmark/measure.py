@@ -20,15 +20,15 @@ from torch.profiler import ProfilerActivity, profile
 Mark = float | torch.cuda.Event
 Interval = tuple[Mark, Mark]
 
-PHASES = ("forward", "forward+backward", "step")
-"""A full step is forward, backward, clipping and optimizer."""
-
 
 class Subject(Protocol):
     """Something to time."""
 
     def run(self) -> Mapping[str, list[Interval]]:
         """One step, and by phase the intervals that belong to it."""
+
+    def own_bytes(self) -> int:
+        """Bytes between steps, besides the shared base."""
 
 
 def mark(device: torch.device) -> Mark:

@@ -42,9 +42,9 @@ def random_base(config: PretrainedConfig, base: schema.Base, device: torch.devic
             if id(parameter) not in drawn:
                 drawn[id(parameter)] = _random(parameter, dtype, device, generator, config.initializer_range)
             module.register_parameter(name, drawn[id(parameter)])
-            if isinstance(parameter, Params4bit):
-                drawn[id(parameter)].module = module
-                module.quant_state = drawn[id(parameter)].quant_state
+            weight = drawn[id(parameter)]
+            if isinstance(weight, Params4bit):  # as bitsandbytes' own loading leaves it
+                weight.module, module.quant_state = module, weight.quant_state
     model.to(device)  # what is left: buffers, such as the rotary embedding's
     if quantizer is not None:
         quantizer.postprocess_model(model)
@@ -62,14 +62,15 @@ def _random(
     weight = torch.empty(empty.shape, dtype=dtype, device=device).normal_(0.0, deviation, generator=generator)
     if not isinstance(empty, Params4bit):
         return nn.Parameter(weight, requires_grad=False)
-    return Params4bit(
+    quantised: Params4bit = Params4bit(
         weight,
         requires_grad=False,
         blocksize=empty.blocksize,
         compress_statistics=empty.compress_statistics,
         quant_type=empty.quant_type,
         quant_storage=empty.quant_storage,
-    ).to(device)
+    )
+    return quantised.to(device)  # which quantises
 
 
 def plain_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

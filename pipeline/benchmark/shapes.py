@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from transformers import LlamaConfig
 
@@ -57,4 +58,5 @@ def shape_config(name: str, layers: int | None = None) -> LlamaConfig:
     if layers is not None and layers > shape["num_hidden_layers"]:
         raise UserError(f"--layers: found {layers}, and {name} has {shape['num_hidden_layers']} layers: give fewer")
     depth = {} if layers is None else {"num_hidden_layers": layers}
-    return LlamaConfig(**{**shape, **depth}, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2)
+    sizes: dict[str, Any] = {**shape, **depth}
+    return LlamaConfig(**sizes, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2)

@@ -93,17 +93,19 @@ class TrainingSubject:
             rows: columns ``input_ids``, ``labels``, ``row``.
             folder: for what a trainer may write.
         """
-        self.trainer = _trainer(variant, variant.applied(recipe), with_shared_weights(base), tokenizer, rows, folder)
+        base = with_shared_weights(base)
+        self.trainer = _trainer(variant, variant.applied(recipe), base, tokenizer, rows, folder)
         arguments = self.trainer.args
         if arguments.activation_checkpointing:
-            self.trainer.model.activation_checkpointing_enable(
+            base.activation_checkpointing_enable(
                 activation_checkpointing_kwargs=arguments.activation_checkpointing_kwargs
             )
         self.trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
-        self.model, self.trainer.optimizer = self.trainer.accelerator.prepare(
-            self.trainer.model, self.trainer.optimizer
-        )
+        self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+        assert self.trainer.lr_scheduler is not None
+        self.schedule = self.trainer.lr_scheduler
         self.trainer.current_gradient_accumulation_steps = 1
+        self.trainer.callback_handler.on_train_begin(self.trainer.args, self.trainer.state, self.trainer.control)
         self._batches = self._endless_batches()
         self.tokens: list[int] = []
         """Tokens of each batch, padding not counted."""
@@ -117,13 +119,18 @@ class TrainingSubject:
             int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
         )
         trainer.losses = []
+        events, told = trainer.callback_handler, (trainer.args, trainer.state, trainer.control)
         start = mark(device)
+        events.on_step_begin(*told)
         trainer.training_step(self.model, batch, items)
         passed = mark(device)
-        trainer._clip_grad_norm(self.model)
-        trainer.optimizer.step()
-        trainer.lr_scheduler.step()
+        trainer._get_grad_norm(self.model, trainer._clip_grad_norm(self.model))
+        events.on_pre_optimizer_step(*told)
+        self.optimizer.step()
+        events.on_optimizer_step(*told)
+        self.schedule.step()
         self.model.zero_grad()
+        events.on_step_end(*told)
         end = mark(device)
         trainer.state.global_step += 1
         return {
@@ -137,7 +144,7 @@ class TrainingSubject:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         states = [
             value
-            for state in self.trainer.optimizer.state.values()
+            for state in self.optimizer.state.values()
             for value in state.values()
             if isinstance(value, torch.Tensor)
         ]
@@ -183,6 +190,12 @@ def _trainer(
 
 def _arguments(recipe: Recipe, folder: Path) -> SFTConfig:
     """The recipe's, one micro-batch per step, without reporters and evaluation."""
-    quiet = {"report_to": [], "eval_strategy": "no", "save_strategy": "no", "gradient_accumulation_steps": 1}
+    quiet = {
+        "report_to": [],
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "gradient_accumulation_steps": 1,
+        "disable_tqdm": True,
+    }
     silent = recipe.model_copy(update={"training": {**recipe.training, **quiet}})
     return sft_config(silent, folder)

@@ -1,0 +1,91 @@
+"""What LoRA Dropout costs, in time and memory, against plain LoRA: one table, all variants interleaved in one run.
+
+python launch/benchmark.py recipes/pocket/pocket.yaml [key=value ...]          on the recipe's own base and rows
+python launch/benchmark.py --shape llama2-7b --layers 4 [key=value ...]        random base of that size, no download
+python launch/benchmark.py --level layer --shape llama2-7b --tokens 512        one linear layer of it
+
+Settings come from the recipe, by default recipes/alpaca.yaml. On a GPU this takes a few minutes:
+python launch/benchmark.py --shape llama2-7b --tokens 512 --rounds 10 --json cost.json --plot cost.svg
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[0] = str(REPOSITORY)  # python puts launch/ first, where evaluate.py shadows a package
+
+import typer
+
+from launch.command import run_command
+from pipeline.benchmark.variants import DEFAULT_VARIANTS
+from pipeline.errors import UserError
+
+
+def recipe_and_overrides(words: list[str], shape: str | None) -> tuple[Path, list[str]]:
+    """Split the command line's words; with a shape the recipe may be left out.
+
+    Raises:
+        UserError: no recipe and no shape, or two recipes.
+    """
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise UserError(f"expected one recipe, found {', '.join(files)}; settings are key=value")
+    if not files and shape is None:
+        raise UserError("expected a recipe, or --shape for a random base, e.g. --shape llama2-7b")
+    return Path(files[0]) if files else REPOSITORY / "recipes/alpaca.yaml", [word for word in words if "=" in word]
+
+
+def benchmark(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [KEY=VALUE ...]", help="e.g. training.per_device_train_batch_size=8"),
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Random base of this shape, e.g. llama2-7b, in nf4.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the shape; all by default.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Random tokens per row. Default: the recipe's rows; its longest, if random."),
+    ] = None,
+    level: Annotated[Literal["model", "layer"], typer.Option(help="Training steps, or one linear layer.")] = "model",
+    variants: Annotated[
+        str, typer.Option(help="lora, lora-dropout, example[-N], instance-N[-sequential].")
+    ] = DEFAULT_VARIANTS,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds; each runs every variant once.")] = 10,
+    warmup: Annotated[int, typer.Option(min=2, help="Steps of each variant before.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the order within rounds, and of random weights and tokens.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it there: .svg, .png or .pdf.")] = None,
+) -> None:
+    """Time and memory of LoRA Dropout's variants on RECIPE's settings, as ratios to plain LoRA."""
+    if plot is not None and plot.suffix not in (".svg", ".png", ".pdf"):
+        raise UserError(f"--plot: found {plot.name!r}, expected a name that ends in .svg, .png or .pdf")
+    recipe_file, overrides = recipe_and_overrides(words or [], shape)
+    from pipeline.environment import prepare_environment
+
+    prepare_environment()
+    from pipeline.recipe import load_recipe
+
+    recipe = load_recipe(recipe_file, overrides)
+
+    from rich.console import Console
+
+    from pipeline.benchmark.run import Settings
+    from pipeline.benchmark.run import benchmark as run
+    from pipeline.benchmark.show import draw, print_result
+    from pipeline.provenance import write_json
+
+    settings = Settings(variants, shape, layers, tokens, level == "layer", rounds, warmup, seed)
+    with Console(stderr=True).status("starting") as status:
+        result = run(recipe, settings, status.update)
+    print_result(result)
+    if json_file is not None:
+        write_json(json_file, result.as_dict())
+    if plot is not None:
+        draw(result, plot)
+
+
+if __name__ == "__main__":
+    run_command(benchmark)
