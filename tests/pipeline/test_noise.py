@@ -1,0 +1,78 @@
+"""Gradient noise of a recipe: the whole measurement at a trained adapter, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from training_support import random_rows, write_rows
+from transformers import AutoModelForCausalLM
+
+from pipeline.errors import UserError
+from pipeline.noise import BreakEven, Effort, measure_noise
+from pipeline.noise_report import in_words, plot, print_noise
+from pipeline.recipe import Recipe, load_recipe
+
+RECIPE = """
+name: noisy
+base: {{model: {base}, quantization: none, dtype: float32}}
+adapter: {{rank: 2, dropout: {{rate: 0.5}}}}
+data: {{train: [{{path: {folder}/rows.jsonl, prompt: "{{{{ instruction }}}} ="}}], max_length: 48}}
+"""
+SMALL = Effort(grids=2, grid_examples=2, grid_masks=2, examples=2, repeats=3)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, small_base: Path) -> Recipe:
+    write_rows(tmp_path / "rows.jsonl", random_rows(12, seed=3, longest=9))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path, base=small_base))
+    return load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_measures_a_saved_adapter_and_says_what_it_found(recipe: Recipe, small_base: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(small_base)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    said: list[str] = []
+    found = measure_noise(recipe, tmp_path / "adapter", SMALL, said.append)
+
+    assert found.rows == 12 and found.parameters > 0 and found.rate == 0.5
+    names = [one.setting.name for one in found.equal_examples]
+    assert names[:4] == ["instance N = 1", "instance N = 2", "instance N = 4", "instance N = 8"]
+    assert {one.setting.examples for one in found.equal_examples} == {2}
+    assert {one.setting.passes for one in found.equal_compute} == {8}
+    assert all(one.measured.value > 0 for one in [*found.equal_examples, *found.equal_compute])
+    assert [one.predicted is None for one in found.equal_examples] == [name.startswith("balanced") for name in names]
+    assert "grid 2/2" in said and "example n = 4, B = 2" in said
+    written = json.loads(json.dumps(found.to_json()))
+    assert written["equal_compute"][0]["setting"] == {"sampling": "instance", "instances": 1, "examples": 8}
+
+    screen = StringIO()
+    print_noise(found, Console(file=screen, width=160, no_color=True))
+    assert "interaction, V_xm" in screen.getvalue() and "Equal compute, 8 rows per step" in screen.getvalue()
+    plot(found, tmp_path / "noise.svg")
+    assert "balanced N = 4" in (tmp_path / "noise.svg").read_text() or (tmp_path / "noise.svg").stat().st_size > 5000
+    drowned = replace(found, break_even={4: BreakEven(float("inf"), 30.0, float("inf"))})
+    assert "from infinitely many examples per micro-batch on (95 % interval 30 to" in in_words(drowned)[0]
+
+
+def test_refusals(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter here"):
+        measure_noise(recipe, tmp_path, SMALL, print)
+    plain = recipe.adapter.model_copy(update={"dropout": recipe.adapter.dropout.model_copy(update={"rate": 0.0})})
+    with pytest.raises(UserError, match=r"adapter\.dropout\.rate: found 0"):
+        measure_noise(recipe.model_copy(update={"adapter": plain}), None, SMALL, print)
+
+
+def test_the_command_explains_itself(repository: Path) -> None:
+    said = subprocess.run(
+        [sys.executable, repository / "launch" / "noise.py", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--adapter" in said.stdout and "--json" in said.stdout
