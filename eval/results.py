@@ -20,7 +20,7 @@ from lm_eval.utils import handle_non_serializable
 
 from eval.report import write_report
 from eval.tasks import leaf_tasks
-from pipeline.adapter_files import AdapterSettings
+from pipeline.adapter_files import AdapterSettings, adapter_rank, read_peft_config
 from pipeline.base import base_identity
 from pipeline.processes import world_size
 from pipeline.provenance import git_state, machine, now, versions
@@ -83,7 +83,7 @@ def our_section(
     """
     ensemble = recipe.eval.ensemble
     training = adapter / PROVENANCE_FILE
-    peft = json.loads((adapter / "adapter_config.json").read_text())
+    peft = read_peft_config(adapter)
     evaluation = {
         "versions": versions(),
         "git": git_state(),
@@ -117,7 +117,7 @@ def our_section(
         "adapter": str(adapter),
         "adapter_settings": {
             **({} if settings is None else asdict(settings)),
-            "r": peft["r"],
+            "r": adapter_rank(peft),
             "lora_alpha": peft["lora_alpha"],
         },
         "warnings": warnings,

@@ -17,6 +17,7 @@ from pipeline.adapter_files import (
     WEIGHTS_FILE,
     AdapterSettings,
     adapter_dropout,
+    adapter_rank,
     load_adapter,
     read_peft_config,
     settings_of,
@@ -52,8 +53,7 @@ def check_settings(settings: AdapterSettings | None, recipe: Recipe, folder: Pat
     names = list(SETTING_KEYS) if settings.masked else ["method", "alpha"]
     recorded = {SETTING_KEYS[name]: getattr(settings, name) for name in names}
     asked = {SETTING_KEYS[name]: getattr(ours, name) for name in names}
-    if settings.method == "lora":
-        recorded["adapter.rank"], asked["adapter.rank"] = read_peft_config(folder).get("r"), recipe.adapter.rank
+    recorded["adapter.rank"], asked["adapter.rank"] = adapter_rank(read_peft_config(folder)), recipe.adapter.rank
     different = [key for key in recorded if recorded[key] != asked[key]]
     if not different:
         return

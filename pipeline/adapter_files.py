@@ -120,6 +120,11 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def adapter_rank(config: Mapping[str, Any]) -> int:
+    """The recipe's ``adapter.rank``, of :func:`read_peft_config`: for AdaLoRA the average that it leaves."""
+    return int(config["target_r"] if config["peft_type"] == "ADALORA" else config["r"])
+
+
 def check_adapter_folder(folder: Path) -> None:
     """Raise ``UserError`` unless the folder holds a peft adapter."""
     if not (folder / CONFIG_FILE).exists():
@@ -142,7 +147,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         # peft 0.21 looks for LoRA's module names in AdaLoRA's rank_pattern, which it applies nevertheless; delete this
         # when it loads an AdaLoRA adapter without a word
         warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        # peft's own choice of a device is the first GPU, whichever is this process's
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, torch_device=str(model.device))
     return adapted.eval()
 
 

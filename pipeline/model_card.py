@@ -60,11 +60,12 @@ def _save(text: str, base_model: str, library: str, folder: Path) -> None:
 
 def _text(recipe: Recipe, record: dict[str, Any], history: list[dict[str, Any]], words: str) -> str:
     dropout, adapter = recipe.adapter.dropout, recipe.adapter
+    kind = {"lora": "A LoRA", "adalora": "An AdaLoRA"}[adapter.method]
     method = (
         f"LoRA Dropout (arXiv 2404.09610): rate {dropout.rate}, {dropout.instances} instance(s) per "
         f"{dropout.sampling}, rescale {str(dropout.rescale).lower()}"
         if dropout.masked
-        else "plain LoRA"
+        else "no LoRA Dropout"
     )
     measured = next((r for r in reversed(history) if "validation_loss" in r), None)
     losses = (
@@ -78,7 +79,7 @@ def _text(recipe: Recipe, record: dict[str, Any], history: list[dict[str, Any]],
     base = Path(recipe.base.model).name if Path(recipe.base.model).exists() else recipe.base.model
     return f"""# {recipe.name}
 
-A LoRA adapter for `{base}` ({recipe.base.quantization}, {recipe.base.dtype}), rank {adapter.rank}, alpha
+{kind} adapter for `{base}` ({recipe.base.quantization}, {recipe.base.dtype}), rank {adapter.rank}, alpha
 {adapter.alpha:g}, trained with {method}.
 
 {losses}
