@@ -243,7 +243,7 @@ class RankAllocation(TrainerCallback):
         }
 
     def _gradient(self, weight: nn.Parameter) -> torch.Tensor:
-        """Of the whole step, averaged over ranks."""
+        """Of the whole step, averaged over ranks; under DeepSpeed by one all-reduce for each weight."""
         if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
             from deepspeed.utils import safe_get_full_grad
 

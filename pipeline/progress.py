@@ -15,6 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 # Our words for what trl logs; what is not named here goes to TensorBoard only.
 NAMES = {
     "loss": "loss",
+    "orthogonality": "orthogonality",
     "eval_validation_loss": "validation_loss",
     "eval_probe_loss": "probe_loss",
     "learning_rate": "learning_rate",
@@ -33,6 +34,7 @@ def peak_memory_bytes() -> int:
 
 WORDS = {
     "loss": "loss {:.4f}",
+    "orthogonality": "orthogonality term in it {:.3f}",
     "validation_loss": "validation loss {:.4f}",
     "probe_loss": "training probe {:.4f}",
     "generalization_gap": "generalisation gap {:+.4f}",

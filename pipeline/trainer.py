@@ -133,7 +133,7 @@ class LoraDropoutTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """trl's loss, and AdaLoRA's orthogonality term, whose unweighted value is logged as ``orthogonality``.
+        """trl's loss, and AdaLoRA's orthogonality term, whose weighted value is logged as ``orthogonality``.
 
         The term does not depend on data: it goes into the pass that ends an optimizer step, the last copy of the last
         micro-batch, and into no other. There every rank adds it, and averaging over ranks leaves it as it is.
@@ -141,9 +141,9 @@ class LoraDropoutTrainer(SFTTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.allocation is None or not self.accelerator.sync_gradients:
             return loss
-        orthogonality = orthogonality_loss(self.adapted)
-        self._metrics["train"]["orthogonality"].append(orthogonality.item())
-        return loss + self.allocation.config.orth_reg_weight * orthogonality
+        term = self.allocation.config.orth_reg_weight * orthogonality_loss(self.adapted)
+        self._metrics["train"]["orthogonality"].append(term.item())
+        return loss + term
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

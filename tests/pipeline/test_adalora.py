@@ -317,7 +317,7 @@ def test_a_layer_may_be_left_without_any_rank(tmp_path: Path) -> None:
     ids=["plain", "accumulated", "sequential"],
 )
 def test_the_orthogonality_term_counts_once_per_step(recipe_file: Path, tmp_path: Path, overrides: list[str]) -> None:
-    """In the logged loss, to float32's places; its value is logged beside it."""
+    """In the logged loss, to float32's places; it is logged beside it, and is the term that peft defines."""
     logs = []
     for weight in ("0.0", "0.5"):
         trainer, recorder = prepared(
@@ -325,8 +325,8 @@ def test_the_orthogonality_term_counts_once_per_step(recipe_file: Path, tmp_path
         )
         trainer.train()
         logs.append(recorder.logs[0])
-    assert logs[1]["orthogonality"] == logs[0]["orthogonality"] > 0.1
-    assert logs[1]["loss"] - logs[0]["loss"] == pytest.approx(0.5 * logs[0]["orthogonality"], abs=1e-5)
+    assert logs[0]["orthogonality"] == 0 and logs[1]["orthogonality"] > 0.1
+    assert logs[1]["loss"] - logs[0]["loss"] == pytest.approx(logs[1]["orthogonality"], abs=1e-5)
 
 
 @pytest.mark.parametrize("stop", [5, 8], ids=["while ranks fall", "when they are settled"])
@@ -413,7 +413,7 @@ def test_ranks_agree_and_pruned_values_are_zero_everywhere(
 def test_two_ranks_equal_accumulation(
     two: dict[str, tuple[dict[str, Any], ...]], recipe_file: Path, tmp_path: Path
 ) -> None:
-    """Losses to 1e-5 nats, importances to 1e-4 of their sums, and the same ranks for the same layers."""
+    """Losses to 2e-5 nats, importances to 1e-4 of their sums, and the same ranks for the same layers."""
     trainer, recorder = prepared(recipe_file, tmp_path, "training.gradient_accumulation_steps=2")
     trainer.train()
     ranks = two["fp32-zero2"][0]
@@ -430,8 +430,8 @@ def test_two_ranks_equal_accumulation(
 
 @pytest.mark.slow
 def test_zero_0_and_2_train_alike_in_16_bits(two: dict[str, tuple[dict[str, Any], ...]]) -> None:
-    """Were the masters not pruned, their values would come back in one of them."""
+    """Two ranks add two numbers in either order alike: the same bits so far. Unpruned masters move losses by 6e-3."""
     losses = [two[name][0]["losses"] for name in ("nf4-zero2", "nf4-zero0")]
     differences = [abs(a - b) for a, b in zip(*losses, strict=True)]
     print(differences)
-    assert max(differences) < 2e-2
+    assert max(differences) < 3e-3
