@@ -20,19 +20,16 @@ COLOURS = {"instance": SHARED, "example": OWN, "balanced": BALANCED}
 def print_noise(noise: Noise, console: Console) -> None:
     """Components, both comparisons, and what they mean."""
     total = sum(part.value for part in (noise.examples, noise.masks, noise.interaction))
-    table = Table(
-        title=f"{noise.recipe} at {noise.adapter}: variance of one example's gradient under one mask, p = {noise.rate}"
-    )
+    console.print(f"{noise.recipe} at {noise.adapter}, p = {noise.rate}, {noise.parameters:,} parameters")
+    table = Table(title="One example's gradient under one mask")
     for heading in ("component", "variance", "95 % interval", "share"):
         table.add_column(heading, justify="left" if heading == "component" else "right")
     names = {"examples, V_x": noise.examples, "masks, V_m": noise.masks, "interaction, V_xm": noise.interaction}
     for name, part in names.items():
         table.add_row(name, _number(part.value), _interval(part), f"{part.value / total:.0%}")
     console.print(table)
-    console.print(_compared(noise.equal_examples, f"Equal examples, B = {noise.effort.examples} per step"))
-    console.print(
-        _compared(noise.equal_compute, f"Equal compute, {noise.effort.passes} rows through the model per step")
-    )
+    console.print(_compared(noise.equal_examples, f"A step's gradient: equal examples, B = {noise.effort.examples}"))
+    console.print(_compared(noise.equal_compute, f"A step's gradient: equal compute, {noise.effort.passes} rows"))
     for line in in_words(noise):
         console.print(line)
 
