@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import transformers
@@ -73,13 +72,6 @@ def flat(recipe: Recipe) -> bool:
     """Whether a micro-batch is one row, in which examples lie one after another."""
     training = resolved_training(recipe)
     return bool(training["packing"] or training["padding_free"])
-
-
-def packed_count(recipe: Recipe, rows: int, mean_length: float) -> int:
-    """About how many rows the training rows are packed into."""
-    if not resolved_training(recipe)["packing"]:
-        return rows
-    return math.ceil(rows / max(recipe.data.max_length // mean_length, 1))
 
 
 def masks_per_pass(recipe: Recipe, execution: Execution, mean_length: float) -> int:

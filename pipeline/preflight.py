@@ -14,11 +14,12 @@ import transformers
 from pipeline.base import check_device, check_length, load_config, load_tokenizer
 from pipeline.data import LabelStatistics, label_statistics, tokenise
 from pipeline.data.load import load_rows, read_raw
+from pipeline.data.packing import packed_rows
 from pipeline.data.tokenise import IGNORED
 from pipeline.errors import UserError
 from pipeline.estimate import Batch, ModelShape, RankMemory, checkpoint_bytes, checkpoints_on_disk, in_words
 from pipeline.execution import Choice, check_shared_weight, chosen_execution, device_memory
-from pipeline.forecast import batch_of, memory_by_stage, model_shape, numerics_of, packed_count
+from pipeline.forecast import batch_of, memory_by_stage, model_shape, numerics_of
 from pipeline.recipe import Recipe, schema
 from pipeline.recipe.training import resolved_training
 from pipeline.run_folder import check_run_folder, run_folder
@@ -153,9 +154,10 @@ def first_rows(recipe: Recipe, tokenizer: transformers.PreTrainedTokenizerBase, 
     elif data.validation is not None and data.validation.fraction is not None:
         held_out = math.ceil(count * data.validation.fraction)
         count -= held_out
-    statistics = label_statistics(tokenised)
-    packed = packed_count(recipe, count, statistics.tokens / statistics.rows)
-    return Sample(tokenised, statistics, count, packed, held_out)
+    packed = count
+    if resolved_training(recipe)["packing"]:
+        packed = math.ceil(count * len(packed_rows(tokenised, data.max_length)) / len(tokenised))
+    return Sample(tokenised, label_statistics(tokenised), count, packed, held_out)
 
 
 def _first(source: schema.Source, rows: int) -> schema.Source:

@@ -30,7 +30,6 @@ _RESUME = "resuming is not supported yet"
 _HUB = "pushing is not supported yet: `hf upload` the run folder, it is a peft adapter"
 _MODEL = "how the model is loaded is base's"
 _FUSED_LOSS = "the loss comes from trl's fused head, whose log-probabilities the N instances share"
-_COMPILE = "compiling is not supported yet: masks change at every step"
 _TOPOLOGY = "the launcher's business: choose devices and processes on the command line"
 
 DEFAULTS: Mapping[str, Any] = {
@@ -101,9 +100,6 @@ REFUSED: Mapping[str, str] = {
     "loss_type": _FUSED_LOSS,
     "use_liger_kernel": _FUSED_LOSS,
     "liger_kernel_config": _FUSED_LOSS,
-    "torch_compile": _COMPILE,
-    "torch_compile_backend": _COMPILE,
-    "torch_compile_mode": _COMPILE,
     "prediction_loss_only": _LOSS_ONLY,
     "batch_eval_metrics": _LOSS_ONLY,
     "include_for_metrics": _LOSS_ONLY,
@@ -347,6 +343,6 @@ def _fractional_steps(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _packing_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     strategy = recipe.training.get("packing_strategy", "bfd")
-    if strategy != "bfd":
+    if strategy in ("bfd_split", "wrapped"):
         message = f"{strategy} cuts an example over several rows, and its parts would be trained as examples: use bfd"
         yield ("training.packing_strategy",), message

@@ -14,6 +14,8 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from pipeline.data import load_splits
+from pipeline.data.packing import packed_rows
 from pipeline.preflight import Findings, examine, spans
 from pipeline.preflight_text import print_findings
 from pipeline.recipe import load_recipe
@@ -68,6 +70,8 @@ def test_a_good_recipe(recipe_file: Path) -> None:
     assert "4 examples x 2 accumulation x 2 processes = 16 examples per optimizer step" in text
     assert "135 training rows, 15 held out: 9 steps per epoch, 18 steps in all" in text
     assert "each micro-batch is computed under 4 masks: one batch of 16 rows" in text
+    assert findings.choice is not None
+    assert findings.choice.reason.startswith("batched (auto): a step takes about ") and findings.choice.reason in text
     assert "ZeRO-2 *" in text
     assert "2 checkpoints of" in text
     assert text.rstrip().endswith("ready")
@@ -87,6 +91,24 @@ def test_the_example_shows_what_is_trained_without_colour(recipe_file: Path) -> 
 def test_sequential_instances_are_said(recipe_file: Path) -> None:
     text = text_of(looked_at(recipe_file, "adapter.dropout.execution=sequential"))
     assert "4 passes of 4 rows, one after another" in text
+
+
+def test_packing_is_counted_in_rows(recipe_file: Path) -> None:
+    """The forecast against the packing itself, within a tenth."""
+    findings = looked_at(recipe_file, "training.packing=true", "data.validation=null")
+    recipe = findings.recipe
+    rows = load_splits(recipe, findings.tokenizer).train
+    assert findings.sample is not None and findings.batch is not None
+    assert findings.sample.packed_rows == pytest.approx(len(packed_rows(rows, recipe.data.max_length)), rel=0.1)
+    text = text_of(findings)
+    assert f"150 training rows, in about {findings.sample.packed_rows} packed rows: " in text
+    assert "4 packed rows x 2 accumulation x 2 processes = 16 packed rows per optimizer step" in text
+
+
+def test_instances_that_cannot_fit_are_said(recipe_file: Path) -> None:
+    many = ("adapter.dropout.instances=100000", "adapter.dropout.execution=batched")
+    (warning,) = [w for w in looked_at(recipe_file, *many).warnings if w.startswith("adapter.dropout.instances")]
+    assert "100000 copies of 4 rows as one batch take about" in warning
 
 
 def test_rows_without_a_trained_token_are_an_error_that_lists_them(recipe_file: Path) -> None:

@@ -103,6 +103,7 @@ def test_every_launcher_trains_and_writes_the_run(repository: Path, recipe: Path
     said = process.stdout + process.stderr
     assert f"{2 * processes} examples per step = 2 rows x 1 accumulation x {processes} process(es)" in said
     assert "LoRA Dropout on 42 layers" in said and "each as 2 copies" in said
+    assert said.count("instances: batched (auto): a step takes about ") == 1 and "CPU has " in said
     assert "step 2/2 · loss" in said and "generalisation gap" in said and "tokens/s" in said
     assert said.count("adapter written to") == 1  # by one rank
 
@@ -159,5 +160,5 @@ def test_bad_input_under_a_launcher_is_said_once(repository: Path, recipe: Path)
     process = sft(repository, "torchrun", recipe, "adapter.target_modules=[query]", "name=bad", "--no-eval")
     assert process.returncode != 0
     said = process.stdout + process.stderr
-    assert said.count("It has: down_proj, gate_proj") == 1
+    assert said.count("It has: down_proj, embed_tokens, gate_proj") == 1
     assert not (recipe.parent / "outputs" / "bad").exists()

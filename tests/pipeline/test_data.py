@@ -204,13 +204,13 @@ def test_a_missing_pad_token_is_handled_and_eos_stays_a_label(small_base: Path, 
     assert loaded.pad_token_id == loaded.eos_token_id is not None
     row = tokenised_row("a b", " c", loaded, 32)
     assert row["labels"][-1] == loaded.eos_token_id
-    from pipeline.trainer import RowCollator
+    from pipeline.data.packing import RowCollator
 
     short = tokenised_row("a", " b", loaded, 32)
     batch = RowCollator(pad_token_id=loaded.pad_token_id)(
         [{**row, "row": 5}, {"input_ids": short["input_ids"][:3], "labels": short["labels"][:3], "row": 2}]
     )
-    assert batch["row"].tolist() == [5, 2]
+    assert batch["row"] == [5, 2]
     assert batch["labels"][0, -1] == loaded.eos_token_id  # the sequence's own
     padding = batch["attention_mask"][1] == 0
     assert padding.any() and (batch["labels"][1][padding] == IGNORED).all()

@@ -110,9 +110,7 @@ def test_experts_share_a_mask(mixtral: ModelShape) -> None:
     choice = chosen_execution(recipe(adapter=EXPERTS), mixtral, 100, device, PLAIN, 1)
     assert choice.execution == "sequential"
     assert "model.layers.0.mlp.experts.gate_up_proj has one weight for all rows" in choice.reason
-    with pytest.raises(
-        UserError, match=r"batched runs 4 masks in one pass; but model\.layers\.0\.mlp\.experts\.gate"
-    ):
+    with pytest.raises(UserError, match=r"batched runs 4 masks in one pass; but model\.layers\.0\.mlp\.experts\.gate"):
         check_shared_weight(recipe(adapter=EXPERTS, execution="batched"), mixtral)
 
 

@@ -44,8 +44,8 @@ def test_target_modules_that_match_nothing_are_named(llama: LlamaForCausalLM, ta
     with pytest.raises(UserError) as error:
         check_target_modules(llama, schema.Adapter(target_modules=targets))
     message = str(error.value)
-    assert message.startswith(f"adapter.target_modules: {missing} matches no linear layer of this model.")
-    assert "It has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; or use" in message
+    assert message.startswith(f"adapter.target_modules: {missing} matches no linear layer or embedding of this model.")
+    assert "It has: down_proj, embed_tokens, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; or use" in message
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["layers.0.self_attn.q_proj", "mlp.up_proj"]])

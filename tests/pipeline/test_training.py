@@ -31,7 +31,8 @@ RECIPE = """
 name: trained
 seed: 5
 base: {{model: {base}, quantization: none, dtype: float32}}
-adapter: {{rank: 512, alpha: 512, dropout: {{rate: 0.5, instances: 2, sampling: instance}}}}
+adapter: {{rank: 512, alpha: 512, target_modules: [q_proj, up_proj, down_proj],
+           dropout: {{rate: 0.5, instances: 2, sampling: instance}}}}
 data:
   train: [{{path: {folder}/train.jsonl, prompt: "{template}"}}]
   validation: {{source: {{path: {folder}/validation.jsonl, prompt: "{template}"}}, probe_rows: 5}}
@@ -151,7 +152,6 @@ ALL_AT_ONCE = (
     *KEYS,
     "data.train.0.limit=9",
     "training.per_device_train_batch_size=9",
-    "adapter.target_modules=[q_proj, down_proj]",
 )
 PACKED = {
     "all-padded": ALL_AT_ONCE,
@@ -167,7 +167,12 @@ LONG = (
     "training.max_steps=4",
     "training.save_strategy=steps",
     "training.save_steps=2",
-    "adapter.target_modules=[q_proj, down_proj]",
+)
+COMPILED = (
+    "training.save_strategy=no",
+    "training.torch_compile=true",
+    "training.torch_compile_backend=aot_eager",  # inductor gives the same, in half a minute
+    "training.pad_to_multiple_of=48",  # one shape, compiled once
 )
 SAMPLINGS: dict[str, tuple[str, ...]] = {"instance": (), "example": EXAMPLE}
 
@@ -189,8 +194,9 @@ ONE_PROCESS: dict[str, tuple[str, tuple[str, ...]]] = {
         for sampling, overrides in SAMPLINGS.items()
         for name, trainer in ((f"whole-{sampling}", "ours"), (f"resumed-{sampling}", f"ours, from whole-{sampling}"))
     },
+    "compiled": ("ours", (*LONG, *COMPILED)),
     "whole-other-rate": ("ours", (*LONG, "adapter.dropout.initial_rate=0.2")),
-    "measured": ("ours", ("training.max_steps=2",)),
+    "measured": ("ours", ("training.max_steps=2", *PADDING_FREE)),  # validation is padded all the same
     "not-rescaled": ("ours", (*NO_VALIDATION, "adapter.dropout.rescale=false")),
     "nf4-masked": ("ours", (*NO_VALIDATION, *NF4)),
     "int8": ("ours", (*NO_VALIDATION, "base.quantization=int8", "base.dtype=bfloat16")),
@@ -341,6 +347,12 @@ def test_a_resumed_run_draws_what_the_whole_one_would_have(one: Records, samplin
     assert resumed["gradient_norms"] == whole["gradient_norms"][2:]
 
 
+def test_a_compiled_model_trains_alike(one: Records) -> None:
+    difference = largest_difference(one["compiled"]["losses"], one["whole-instance"]["losses"])
+    print(difference)
+    assert difference <= FP32_TOLERANCE
+
+
 def test_the_rate_changes_over_the_run(one: Records) -> None:
     """Another rate at the start, the same at the end."""
     changed, reference = (one[name]["gradient_norms"] for name in ("whole-other-rate", "whole-instance"))
@@ -348,7 +360,7 @@ def test_the_rate_changes_over_the_run(one: Records) -> None:
 
 
 def test_zero_3_shards_adapter_and_base(two: Records) -> None:
-    modules = 2 * 7  # two layers, seven linear modules each
+    modules = 2 * 3  # two layers, three adapted modules each
     assert two["fp32-zero3-batched"]["adapter_weights_cut"] == 2 * modules
     for name in ("fp32-zero3-batched", "nf4-zero3"):
         share = two[name]["base_bytes_here"] / two[name]["base_bytes_whole"]
@@ -400,9 +412,9 @@ def test_small_updates_survive_in_float32(one: Records) -> None:
 
 
 def test_int8_trains(one: Records, two: Records) -> None:
-    for records in (one, two):
-        losses = torch.tensor(records["int8"]["losses"])
-        assert losses.isfinite().all() and losses[-1] < losses[0]
+    """As float32 does, to the 8 bits of its weights."""
+    assert largest_difference(one["int8"]["losses"][:2], one["measured"]["losses"]) < 0.03
+    assert largest_difference(two["int8"]["losses"], two["fp32-zero2-batched"]["losses"]) < 0.03
 
 
 STOCK_PEFT = """

@@ -5,9 +5,10 @@
 
 A launch imports for ten seconds; a configuration trains for one or two. ``JOBS.json`` is a list of
 ``{"name", "recipe", "overrides", "trainer"}``, the trainer being ``ours``, ``ours, from <job>`` (which resumes from
-that job's first checkpoint), ``stock`` or ``stock, bfloat16 adapter``; each job writes ``FOLDER/<name>.json`` and the folder ``FOLDER/<name>``, its adapter. ``stock`` is trl's ``SFTTrainer`` with peft's
-``LoraConfig`` on the same rows as prompt and completion: its base, arguments and trainer come from the libraries, with
-the same two corrections as ours (no repacking of 4-bit weights; float32 adapter where no engine keeps masters).
+that job's first checkpoint), ``stock`` or ``stock, bfloat16 adapter``; each job writes ``FOLDER/<name>.json`` and the
+folder ``FOLDER/<name>``, its adapter. ``stock`` is trl's ``SFTTrainer`` with peft's ``LoraConfig`` on the same rows as
+prompt and completion: its base, arguments and trainer come from the libraries, with the same two corrections as ours
+(no repacking of 4-bit weights; float32 adapter where no engine keeps masters).
 """
 
 # the environment stands before the heavy imports
@@ -158,7 +159,7 @@ def stock(recipe: Recipe, folder: Path, recorder: Recorder, float32_adapter: boo
         peft_config=LoraConfig(
             r=recipe.adapter.rank,
             lora_alpha=recipe.adapter.alpha,
-            target_modules="all-linear",
+            target_modules=recipe.adapter.target_modules,
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
         ),
