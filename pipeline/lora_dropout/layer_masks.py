@@ -20,7 +20,7 @@ _IN_LIST_OF_EXPERTS = re.compile(r"(^|\.)experts\.\d+\.")
 class Runs:
     """Tokens of each group, where examples of different lengths lie in one row, one after another.
 
-    Made once for all layers: none waits for a copy to the device, and compiled code does not depend on the numbers.
+    Made once for all layers: none waits for a copy to the device, and compiled code depends on their sum alone.
     """
 
     lengths: tuple[int, ...]
