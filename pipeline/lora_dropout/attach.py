@@ -64,18 +64,24 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
     peft nests its wrappers of several parameters of one module, ``experts``, ``experts.base_layer``, ...: the name of
     such a layer is the parameter's, ``experts.up_proj``, however deep it lies.
+
+    Raises:
+        ValueError: two layers have one name.
     """
-    modules = {canonical_name(name): module for name, module in model.named_modules()}
-    wrappers = {name for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    modules = [(canonical_name(name), module) for name, module in model.named_modules()]
+    wrappers = {name for name, module in modules if isinstance(module, BaseTunerLayer)}
     layers: dict[str, LoraLayer] = {}
-    for name, module in modules.items():
+    for name, module in modules:
         if isinstance(module, LoraLayer) and adapter_name in module.r:
             parts = name.split(".")
             wrapped = [part == "base_layer" and ".".join(parts[:at]) in wrappers for at, part in enumerate(parts)]
             path = [part for part, inside in zip(parts, wrapped, strict=True) if not inside]
             if isinstance(module, ParamWrapper):
                 path.append(module.parameter_name)
-            layers[".".join(path)] = module
+            canonical = ".".join(path)
+            if canonical in layers:
+                raise ValueError(f"two layers are called {canonical}, so that their masks would be the same")
+            layers[canonical] = module
     return layers
 
 

@@ -117,6 +117,14 @@ def test_forward_and_gradients_match_the_dense_reference(kind: str, numbers: str
             check(KINDS[kind], numbers, size, mode, RATES[(at + turn) % len(RATES)])
 
 
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("kind", ["Linear", "Embedding", "SVDLinear"])
+def test_packed_rows_of_aligned_sizes(kind: str, numbers: str) -> None:
+    """Where one kernel multiplies all runs: it needs rows of a multiple of 16 bytes."""
+    torch.manual_seed(0)
+    check(KINDS[kind], numbers, (16, 48, 8), MODES[5], 0.5)
+
+
 class FreshPerToken(LoraVariant):
     """The usual mis-port: dropout on the activations before A and after B, fresh for every token."""
 

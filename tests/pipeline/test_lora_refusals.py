@@ -42,6 +42,11 @@ def test_no_layer() -> None:
         LoraDropout(linear(), 0.5, seed=0, adapter_name="other")
 
 
+def test_layers_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two layers are called layer"):
+        masked_layers(nn.ModuleList([linear(), linear()]), "default")
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
 def test_a_rate_outside_0_to_1_is_refused(rate: float) -> None:
     with pytest.raises(ValueError, match=f"probability below 1, found {rate}"):
