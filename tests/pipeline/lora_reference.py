@@ -154,4 +154,5 @@ def computed(kind: Kind, model: PeftModel, x: torch.Tensor, upstream: torch.Tens
 def error(found: torch.Tensor, expected: torch.Tensor, unit: torch.Tensor) -> float:
     """Largest difference of an element, in its unit; where nothing but zeros goes in, nothing else may come out."""
     difference = (found.double() - expected).abs()
-    return torch.where(unit > 0, difference / unit, difference * float("inf")).nan_to_num(nan=0.0).max().item()
+    without_unit = torch.where(difference > 0, float("inf"), 0.0).double()
+    return torch.where(unit > 0, difference / unit, without_unit).max().item()
