@@ -21,6 +21,7 @@ from pipeline.adapter_files import (
     load_adapter,
     read_peft_config,
     settings_of,
+    without_false_warnings,
 )
 from pipeline.base import hollow_base
 from pipeline.errors import UserError
@@ -104,13 +105,14 @@ def check_adapter(base: schema.Base, folder: Path, ensemble: AdapterSettings | N
     config = read_peft_config(folder)
     hollow = hollow_base(base)
     try:
-        expected = adapter_shapes(PeftModel(hollow, PeftConfig.from_pretrained(str(folder))))
+        with without_false_warnings():
+            adapted = PeftModel(hollow, PeftConfig.from_pretrained(str(folder)))
     except (ValueError, TypeError) as error:  # peft's, for a configuration that finds no layer or contradicts itself
         raise UserError(
             f"{folder}: this adapter does not go on {base.model!r}: {error}\n"
             f"It was trained on {config.get('base_model_name_or_path')!r}; name that base."
         ) from error
-    _compare(found, expected, base, folder / WEIGHTS_FILE, config)
+    _compare(found, adapter_shapes(adapted), base, folder / WEIGHTS_FILE, config)
     adapted = load_adapter(hollow_base(base), folder)
     if ensemble is not None:
         adapter_dropout(adapted, ensemble)
@@ -155,7 +157,8 @@ def _damage(file: Path, error: SafetensorError) -> str:
 
 def adapter_shapes(model: PeftModel) -> dict[str, Shape]:
     """Names and shapes of an adapter's tensors, as in its file."""
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with without_false_warnings():
+        weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 

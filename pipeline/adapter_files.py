@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -136,6 +137,20 @@ def check_adapter_folder(folder: Path) -> None:
         )
 
 
+@contextmanager
+def without_false_warnings() -> Iterator[None]:
+    """Silence what peft says wrongly of every AdaLoRA adapter whose ranks are allocated.
+
+    It looks for AdaLoRA's ``rank_pattern``, whose keys end in ``lora_E``, among the modules; and takes a layer that was
+    left no rank for a shard of DeepSpeed's. Seen in peft 0.21.2 (tuners_utils.py, utils/save_and_load.py); delete when
+    tests/pipeline/test_export.py passes without it under ``-W error``.
+    """
+    with warnings.catch_warnings():
+        for words in ("The following rank_pattern keys", r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape"):
+            warnings.filterwarnings("ignore", message=words)
+        yield
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """The base with the saved adapter on it, for inference (eval mode, nothing requires a gradient).
 
@@ -143,12 +158,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         UserError: the folder holds no adapter.
     """
     check_adapter_folder(folder)
-    with warnings.catch_warnings():
-        # peft 0.21 looks for LoRA's module names in AdaLoRA's rank_pattern, which it applies nevertheless; delete this
-        # when it loads an AdaLoRA adapter without a word
-        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+    with without_false_warnings():
         # peft's own choice of a device is the first GPU, whichever is this process's
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, torch_device=str(model.device))
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, torch_device=str(model.device))
     return adapted.eval()
 
 

@@ -14,7 +14,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pipeline.adapter_files import WEIGHTS_FILE, AdapterSettings, adapter_dropout
+from pipeline.adapter_files import WEIGHTS_FILE, AdapterSettings, adapter_dropout, without_false_warnings
 from pipeline.lora_dropout.layer_masks import LayerMasks
 
 
@@ -37,7 +37,8 @@ class MemberWriter:
         self._balanced = balanced
         paths = {module: path for path, module in adapted.named_modules()}
         self._paths = {name: paths[layer.layer] for name, layer in self._dropout.layers.items()}
-        self._weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        with without_false_warnings():
+            self._weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         config = adapted.peft_config["default"]
         assert isinstance(config, LoraConfig)  # AdaLoRA's is one, too
         self._config = config
