@@ -35,7 +35,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pipeline.adapter import freeze_rank_numbers
 from pipeline.errors import UserError
+from pipeline.processes import is_main
 from pipeline.recipe import schema
 
 STATE_FILE = "adalora.safetensors"
@@ -103,6 +105,7 @@ class RankAllocation(TrainerCallback):
             settings: of the recipe.
         """
         assert isinstance(model.base_model, AdaLoraModel)
+        freeze_rank_numbers(model)
         self.layers = adalora_layers(model)
         self.importance: dict[str, dict[str, torch.Tensor]] = {}
         """Equation 9, float32, shaped like each weight; by layer and kind. The same on every rank."""
@@ -141,6 +144,12 @@ class RankAllocation(TrainerCallback):
             UserError: too few steps; an optimizer whose float32 weights cannot be reached.
         """
         self._set_phases(state.max_steps)
+        config = self.config
+        if is_main():
+            print(
+                f"AdaLoRA: rank {config.init_r} until step {config.tinit}, falling to {config.target_r} on average at "
+                f"step {self.last_allocation} of {config.total_step}"
+            )
         if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
             wrapper = self._accelerator.deepspeed_engine_wrapped
             self._accelerator.deepspeed_engine_wrapped = _ObservedEngine(wrapper.engine, self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig
+from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -62,6 +63,19 @@ def _alpha_pattern(adapter: schema.Adapter) -> dict[str, float]:
     return {
         pattern: folded_alpha(adapter.alpha, rate, dropout.rescale) for pattern, rate in dropout.rate_pattern.items()
     }
+
+
+def freeze_rank_numbers(model: nn.Module) -> None:
+    """Keep AdaLoRA's ``ranknum``, by which each layer divides, the constant that it is.
+
+    peft 0.21 makes it a trained parameter wherever it is moved to a GPU or cast to 16 bits (``ParameterDict`` wraps
+    the copy anew), and does not save it: the adapter that is loaded would not be the one that was trained. Delete when
+    tests/pipeline/test_adalora.py passes without it.
+    """
+    for module in model.modules():
+        if isinstance(module, AdaLoraLayer):
+            for number in module.ranknum.values():
+                number.requires_grad_(False)
 
 
 def check_target_modules(model: PreTrainedModel, adapter: schema.Adapter) -> None:

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapter import check_target_modules, lora_config
+from pipeline.adapter import check_target_modules, freeze_rank_numbers, lora_config
 from pipeline.dropout import recipe_dropout
 from pipeline.estimate import PLAIN, Batch, ModelShape, Numerics, RankMemory, batch, rank_memory
 from pipeline.lora_dropout.masks import padded
@@ -36,6 +36,7 @@ def model_shape(config: transformers.PretrainedConfig, recipe: Recipe) -> ModelS
     parameters = sum(parameter.numel() for parameter in model.parameters())
     check_target_modules(model, recipe.adapter)
     adapted = get_peft_model(model, lora_config(recipe.adapter), low_cpu_mem_usage=True)
+    freeze_rank_numbers(adapted)
     dropout = recipe_dropout(adapted, recipe)
     layers = dropout.layers if dropout else {}
     text = config.get_text_config()

@@ -52,6 +52,8 @@ def run(job: dict[str, Any], folder: Path) -> None:
     allocation = trainer.allocation
     record = {
         "losses": recorder.losses,
+        "trained": sorted({name.split(".")[-2] for name, p in trainer.adapted.named_parameters() if p.requires_grad}),
+        "rank_numbers": sorted({layer.ranknum["default"].item() for layer in allocation.layers.values()}),
         "steps": [allocation.config.tinit, allocation.config.tfinal, allocation.config.total_step],
         "kept": {name: kept.tolist() for name, kept in allocation.kept.items()},
         "values": {name: layer_weights(layer)["lora_E"][:, 0].tolist() for name, layer in allocation.layers.items()},

@@ -22,10 +22,12 @@ from pipeline.adalora import STATE_FILE, RankAllocation, kept_directions, layer_
 from pipeline.adapter import check_target_modules, lora_config
 from pipeline.adapter_files import save_adapter, settings_of
 from pipeline.arguments import sft_config
-from pipeline.base import load_base, load_tokenizer
+from pipeline.base import load_base, load_config, load_tokenizer
 from pipeline.data import load_splits
 from pipeline.distributed import adapter_weights
 from pipeline.errors import UserError
+from pipeline.estimate import rank_memory
+from pipeline.forecast import model_shape, numerics_of
 from pipeline.lora_dropout import LoraDropout
 from pipeline.recipe import RecipeError, load_recipe
 from pipeline.recipe.schema import AdaLora, Adapter, Dropout
@@ -45,6 +47,7 @@ training:
    gradient_checkpointing: false, report_to: [], save_strategy: "no"}}
 """
 LAYERS = 14  # two decoder layers, seven linear modules each
+NF4 = ["base.quantization=nf4", "base.dtype=bfloat16"]
 STEPS, WARM_UP, FINAL, INITIAL, RANK = 10, 2, 3, 6, 4
 
 
@@ -146,6 +149,19 @@ def test_fused_weights_are_checked_by_name() -> None:
     with pytest.raises(UserError, match="has none: leave target_parameters out"):
         llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
         check_target_modules(llama, Adapter(target_parameters=["experts.up_proj"]))
+
+
+def test_estimates_count_the_initial_rank_and_the_importances(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    shape = model_shape(load_config(recipe.base, 2), recipe)
+    modules = [
+        module for module in load_base(recipe.base).model.layers.modules() if isinstance(module, torch.nn.Linear)
+    ]
+    assert len(modules) == LAYERS
+    entries = sum(INITIAL * (module.in_features + module.out_features + 1) for module in modules)
+    assert shape.adapter_parameters == entries
+    kept_states = rank_memory(shape, numerics_of(recipe), 2, 2, 2, 48).optimizer
+    assert kept_states == entries * (4 + 8) // 2 + entries * 8  # masters and moments shared by two, importances not
 
 
 # One step ------------------------------------------------------------------------------------------------------------
@@ -254,8 +270,12 @@ def final_weights(trainer: LoraDropoutTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.adapted.named_parameters() if p.requires_grad}
 
 
-def test_ranks_follow_the_schedule_and_stock_peft_loads_what_is_saved(recipe_file: Path, tmp_path: Path) -> None:
-    trainer, recorder = prepared(recipe_file, tmp_path)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_ranks_follow_the_schedule_and_stock_peft_loads_what_is_saved(
+    recipe_file: Path, tmp_path: Path, quantization: str
+) -> None:
+    overrides = [f"base.quantization={quantization}"]  # computing in float32, to see small differences
+    trainer, recorder = prepared(recipe_file, tmp_path, *overrides)
     trainer.train()
     config = trainer.adapted.peft_config["default"]
     assert (config.tinit, config.tfinal, config.total_step, config.init_r) == (WARM_UP, FINAL, STEPS, INITIAL)
@@ -271,10 +291,10 @@ def test_ranks_follow_the_schedule_and_stock_peft_loads_what_is_saved(recipe_fil
     assert sum(ranks) == budget and len(set(ranks)) > 1  # the layers differ
     assert all(bool((weight != 0).all()) for name, weight in saved.items() if "lora_E" in name)
     ids = torch.randint(5, 200, (2, 12))
-    stock = PeftModel.from_pretrained(load_base(load_recipe(recipe_file).base), str(tmp_path)).eval()
+    stock = PeftModel.from_pretrained(load_base(load_recipe(recipe_file, overrides).base), str(tmp_path)).eval()
     with torch.no_grad():
-        ours = trainer.adapted.eval()(input_ids=ids).logits
-        torch.testing.assert_close(stock(input_ids=ids).logits, ours, rtol=0, atol=2e-5)
+        ours, theirs = (model.eval()(input_ids=ids).logits for model in (trainer.adapted, stock))
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5)
         members = []
         for model in (trainer.adapted, stock):
             with LoraDropout(model, rate=0.5, seed=5).members([0, 1]):
@@ -357,7 +377,6 @@ def test_too_few_steps_to_share_out(recipe_file: Path, tmp_path: Path) -> None:
 
 # Training, two ranks -------------------------------------------------------------------------------------------------
 
-NF4 = ["base.quantization=nf4", "base.dtype=bfloat16"]
 TWO_RANKS = {
     "fp32-zero2": [],
     "nf4-zero2": NF4,
@@ -395,6 +414,7 @@ def test_ranks_agree_and_pruned_values_are_zero_everywhere(
     two: dict[str, tuple[dict[str, Any], ...]], name: str
 ) -> None:
     first, second = two[name]
+    assert (first["trained"], first["rank_numbers"]) == (["lora_A", "lora_B", "lora_E"], [INITIAL])
     for what in ("kept", "values", "masters", "importance"):
         assert first[what] == second[what], what
     assert sum(sum(kept) for kept in first["kept"].values()) == LAYERS * RANK
