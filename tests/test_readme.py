@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "python launch/export.py outputs/pocket": "as the command below, which does more",
     "python launch/export.py outputs/pocket --form merged": "--output {runs}/merged --max-shard-size 5MB",
-    "python launch/export.py outputs/pocket --form ensemble --instances 8": "as the command in test_export.py",
+    "python launch/export.py outputs/pocket --form ensemble --instances 8": "as the command in test_export_command.py",
     "python launch/schema.py": "",
 }
 
