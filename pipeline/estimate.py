@@ -194,10 +194,11 @@ def hashing_bytes(shape: ModelShape, masks: int, balanced: int) -> int:
     """Rough bytes that making G masks takes before each pass, when no activations are there yet.
 
     Hashing holds about three arrays of 64-bit words, packing three of bytes per feature. Balancing over N masks sorts:
-    about four arrays of N 64-bit numbers per feature.
+    about four arrays of N 64-bit numbers per feature, for as many features at a time as are hashed at once.
     """
     features = shape.masked_features
-    return 24 * min(masks * features // 2, MOST_WORDS) + 3 * masks * features + 32 * balanced * features
+    sorting = 32 * min(balanced * features, 2 * MOST_WORDS)
+    return 24 * min(masks * features // 2, MOST_WORDS) + 3 * masks * features + sorting
 
 
 @dataclass(frozen=True)
