@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from operator import index
 from typing import Literal
 
 import torch
@@ -64,8 +65,8 @@ def padded(features: int) -> int:
 
 def feature_words(module: str, side: Side, features: int, device: torch.device) -> torch.Tensor:
     """Words of one side of one module: ``(padded(features) / 2,)`` int64. Each decides over two neighbours."""
-    index = torch.arange(padded(features) // 2, dtype=torch.int64, device=device)
-    return _mix(index * _GOLDEN + hashed_word(module, side))
+    pairs = torch.arange(padded(features) // 2, dtype=torch.int64, device=device)
+    return _mix(pairs * _GOLDEN + hashed_word(module, side))
 
 
 def _decisions(words: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
@@ -78,8 +79,8 @@ def _decisions(words: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
 
 
 def coordinate_key(seed: int, purpose: str, coordinate: Coordinate) -> int:
-    """The word that stands for one mask."""
-    return hashed_word(seed, purpose, tuple(coordinate))
+    """The word that stands for one mask, whatever kind of integers (numpy's, a tensor's) the coordinate is given in."""
+    return hashed_word(int(index(seed)), purpose, tuple(int(index(number)) for number in coordinate))
 
 
 def threshold(rate: float) -> int:

@@ -5,6 +5,7 @@ Their distribution is tested in test_masks_statistics.py and test_masks_balanced
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,6 +45,15 @@ def test_a_mask_depends_on_nothing_but_its_key(
         patch.setattr("pipeline.lora_dropout.masks._MOST_WORDS", data.draw(st.integers(1, 100)))
         assert torch.equal(kept(words, seed, "train", coordinates, threshold(rate)), together)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_other_kinds_of_integers_are_the_same_coordinates() -> None:
+    """Rows read from an array or a tensor must not change masks in silence; what is no integer is an error."""
+    mask = bits(0.5, seed=7, coordinate=(3, 1, 0), features=64)
+    for coordinate in ((np.int64(3), True, False), tuple(torch.tensor([3, 1, 0]))):
+        assert torch.equal(bits(0.5, seed=np.int32(7), coordinate=coordinate, features=64), mask)
+    with pytest.raises(TypeError, match="float"):
+        bits(0.5, coordinate=(3.5,), features=64)
 
 
 @settings(max_examples=50, deadline=None)
