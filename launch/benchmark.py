@@ -10,6 +10,7 @@ python launch/benchmark.py --shape llama2-7b --tokens 512 --rounds 10 --json cos
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -66,17 +67,21 @@ def benchmark(
     from pipeline.environment import prepare_environment
 
     prepare_environment()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and warns of every tensor that is older than it
     from pipeline.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, overrides)
 
     from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
 
     from pipeline.benchmark.run import Settings
     from pipeline.benchmark.run import benchmark as run
     from pipeline.benchmark.show import draw, print_result
     from pipeline.provenance import write_json
 
+    disable_progress_bar()
     settings = Settings(variants, shape, layers, tokens, level == "layer", rounds, warmup, seed)
     with Console(stderr=True).status("starting") as status:
         result = run(recipe, settings, status.update)

@@ -11,6 +11,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -108,7 +109,12 @@ def memory_rise(run: Callable[[], object], device: torch.device) -> int:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    return max((event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"), default=0)
+    memory = sorted((event for event in events if event["name"] == "[memory]"), key=itemgetter("ts"))
+    changes = [event["args"] for event in memory]
+    if not changes:
+        return 0
+    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]  # what earlier profiles saw and still lives
+    return max(change["Total Allocated"] for change in changes) - before
 
 
 def stored_bytes(tensors: list[torch.Tensor]) -> int:

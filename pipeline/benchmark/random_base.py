@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import torch
-from accelerate import init_empty_weights
 from bitsandbytes.nn import Params4bit
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.quantizers import AutoHfQuantizer
 
 from pipeline.base import DTYPES, keep_training_kernel, quantization_config
 from pipeline.recipe import schema
 
 
-def random_base(config: PretrainedConfig, base: schema.Base, device: torch.device, seed: int) -> PreTrainedModel:
+def random_base(config: LlamaConfig, base: schema.Base, device: torch.device, seed: int) -> PreTrainedModel:
     """A model of this configuration as :func:`pipeline.base.load_base` would load it, but for its weights.
 
     Modules are made on torch's meta device, then each weight is drawn, quantised and let go of, one at a time: the peak
@@ -28,8 +28,9 @@ def random_base(config: PretrainedConfig, base: schema.Base, device: torch.devic
         seed: of the weights.
     """
     dtype = DTYPES[base.dtype]
-    with init_empty_weights():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=base.attention)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)  # the only part that is computed, and not drawn
     settings = quantization_config(base)
     quantizer = None if settings is None else AutoHfQuantizer.from_config(settings)
     if quantizer is not None:
@@ -45,7 +46,6 @@ def random_base(config: PretrainedConfig, base: schema.Base, device: torch.devic
             weight = drawn[id(parameter)]
             if isinstance(weight, Params4bit):  # as bitsandbytes' own loading leaves it
                 weight.module, module.quant_state = module, weight.quant_state
-    model.to(device)  # what is left: buffers, such as the rotary embedding's
     if quantizer is not None:
         quantizer.postprocess_model(model)
         model.hf_quantizer = quantizer
@@ -62,7 +62,7 @@ def _random(
     weight = torch.empty(empty.shape, dtype=dtype, device=device).normal_(0.0, deviation, generator=generator)
     if not isinstance(empty, Params4bit):
         return nn.Parameter(weight, requires_grad=False)
-    quantised: Params4bit = Params4bit(
+    quantised = Params4bit(
         weight,
         requires_grad=False,
         blocksize=empty.blocksize,
@@ -70,7 +70,7 @@ def _random(
         quant_type=empty.quant_type,
         quant_storage=empty.quant_storage,
     )
-    return quantised.to(device)  # which quantises
+    return quantised.to(device)  # type: ignore[misc]  # its overloads miss a subclass; it quantises
 
 
 def plain_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

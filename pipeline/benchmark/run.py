@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.base import DTYPES, check_device, check_length, default_device, load_base, load_config, load_tokenizer
 from pipeline.benchmark.layers import LayerSubject, frozen_linear
@@ -27,7 +27,7 @@ from pipeline.benchmark.trainers import TrainingSubject, frozen_bytes, synthetic
 from pipeline.benchmark.variants import REFERENCE, Variant, parse_variants
 from pipeline.data import load_splits
 from pipeline.errors import UserError
-from pipeline.estimate import PLAIN, in_words
+from pipeline.estimate import PLAIN, ModelShape, in_words
 from pipeline.execution import device_memory
 from pipeline.forecast import Execution, batch_of, flat, memory_of, model_shape
 from pipeline.processes import launched
@@ -158,9 +158,12 @@ def _check_memory(recipe: Recipe, config: PretrainedConfig, variants: Sequence[V
     """
     device = device_memory()
     needed, largest, largest_step = 0, "", 0
+    shapes: dict[bool, ModelShape] = {}  # with masks and without: numbers of instances change no size
     for variant in variants:
         applied = variant.applied(recipe)
-        shape = model_shape(config, applied)
+        if variant.stock not in shapes:
+            shapes[variant.stock] = model_shape(config, applied)
+        shape = shapes[variant.stock]
         execution: Execution = "sequential" if variant.copies_at_once < variant.copies else "batched"
         memory = memory_of(applied, shape, PLAIN, 1, execution, recipe.data.max_length)
         needed += memory.at_rest - memory.base + (memory.base if variant.name == REFERENCE else 0)
@@ -218,6 +221,7 @@ def _base(
         model = load_base(recipe.base)
         return model, load_tokenizer(recipe.base), {"base_bytes": frozen_bytes(model)}
     built: list[PreTrainedModel] = []
+    assert isinstance(config, LlamaConfig)
     peak = memory_rise(lambda: built.append(random_base(config, recipe.base, device, settings.seed)), device)
     gc.collect()
     found = {"base_bytes": frozen_bytes(built[0]), "building_peak_bytes": peak}

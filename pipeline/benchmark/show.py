@@ -35,14 +35,14 @@ def table(result: Result) -> RenderableType:
     """One row per variant, ratios to plain LoRA side by side."""
     phases = list(result.reference.phases)
     grid = Table(box=None, pad_edge=False, header_style="dim")
-    grid.add_column("variant")
+    grid.add_column("variant", no_wrap=True)
     for phase in phases:
-        grid.add_column(phase, justify="right")
+        grid.add_column(phase, justify="right", no_wrap=True)
     for phase in phases[:-1]:
-        grid.add_column(f"ratio, {phase}", justify="right")
-    grid.add_column(f"ratio, {phases[-1]} (95 %)", justify="right")
-    grid.add_column("tokens/s", justify="right")
-    grid.add_column("peak memory", justify="right")
+        grid.add_column(f"ratio, {phase}", justify="right", no_wrap=True)
+    grid.add_column(f"ratio, {phases[-1]} (95 %)", justify="right", no_wrap=True)
+    grid.add_column("tokens/s", justify="right", no_wrap=True)
+    grid.add_column("peak memory", justify="right", no_wrap=True)
     for row in result.rows:
         grid.add_row(
             row.variant.label,
@@ -73,7 +73,7 @@ def in_one_line(result: Result) -> str:
 
 def print_result(result: Result) -> None:
     """On standard output, in full width: a terminal breaks long lines better than a table loses columns."""
-    Console(width=max(Console().width, 150), soft_wrap=True).print(table(result))
+    Console(width=max(Console().width, 170), soft_wrap=True).print(table(result))
 
 
 def draw(result: Result, file: Path) -> None:
