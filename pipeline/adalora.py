@@ -165,8 +165,8 @@ class RankAllocation(TrainerCallback):
         """After the optimizer: allocate when it is time, and prune (equation 6)."""
         budget, due = self._tuner.rankallocator.budget_schedule(state.global_step)
         settled = state.global_step >= self.last_allocation
-        if (due and not settled) or state.global_step == self.last_allocation:
-            scores = self.scores()
+        if self.importance and ((due and not settled) or state.global_step == self.last_allocation):
+            scores = self.scores()  # fp16 may have skipped every step so far, and left none
             # all are zero while Lambda is, as after a first step at learning rate 0: nothing to go by
             if settled or any(bool(score.any()) for score in scores.values()):
                 self.kept = kept_directions(scores, budget)

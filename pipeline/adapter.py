@@ -70,7 +70,7 @@ def freeze_rank_numbers(model: nn.Module) -> None:
 
     peft 0.21 makes it a trained parameter wherever it is moved to a GPU or cast to 16 bits (``ParameterDict`` wraps
     the copy anew), and does not save it: the adapter that is loaded would not be the one that was trained. Delete when
-    tests/pipeline/test_adalora.py passes without it.
+    tests/pipeline/test_adalora_training.py passes without it.
     """
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):

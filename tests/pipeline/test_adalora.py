@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from adalora_support import INITIAL, LAYERS, RANK, write_recipe
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerState
 
 from pipeline.adalora import RankAllocation, kept_directions, layer_weights, orthogonality_loss
 from pipeline.adapter import check_target_modules, lora_config
@@ -193,6 +193,15 @@ def test_a_budget_is_met_exactly_when_scores_are_equal() -> None:
         "first": [True, True, True, False, False, False],
         "second": [False, True, False],
     }
+
+
+def test_nothing_is_allocated_before_anything_was_observed() -> None:
+    allocation = observed(tiny_model(adalora()), steps=0)
+    for layer in allocation.layers.values():
+        torch.nn.init.ones_(layer_weights(layer)["lora_E"])
+    allocation.on_step_end(None, TrainerState(global_step=10), None)  # type: ignore[arg-type]  # it reads the step
+    assert not allocation.kept
+    assert all(bool((layer_weights(layer)["lora_E"] == 1).all()) for layer in allocation.layers.values())
 
 
 def test_a_gradient_that_is_not_finite_leaves_no_trace() -> None:
