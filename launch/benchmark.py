@@ -4,8 +4,12 @@ python launch/benchmark.py recipes/pocket/pocket.yaml [key=value ...]          o
 python launch/benchmark.py --shape llama2-7b --layers 4 [key=value ...]        random base of that size, no download
 python launch/benchmark.py --level layer --shape llama2-7b --tokens 512        one linear layer of it
 
-Settings come from the recipe, by default recipes/alpaca.yaml. On a GPU this takes a few minutes:
-python launch/benchmark.py --shape llama2-7b --tokens 512 --rounds 10 --json cost.json --plot cost.svg
+Settings come from the recipe, by default recipes/alpaca.yaml. The variants share one frozen base; each has an adapter
+and an optimizer of its own.
+
+On a GPU, by estimate (unmeasured so far, for want of one): 12 s per round at 300 TFLOP/s, and 16 GiB; the second, 10 GiB.
+python launch/benchmark.py --shape llama2-7b --tokens 512 --json cost.json --plot cost.svg
+python launch/benchmark.py --shape llama2-7b --tokens 512 --variants lora-dropout,example,instance-4
 """
 
 from __future__ import annotations

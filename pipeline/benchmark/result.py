@@ -46,11 +46,11 @@ class Result:
         """Stock peft LoRA without dropout."""
         return self.rows[0]
 
-    def hours(self, row: Row) -> float:
+    def seconds(self, row: Row) -> float:
         """Of the recipe's whole run under a variant; accumulation repeats forward and backward, not the rest."""
         assert self.training is not None
         both, step = row.phases["forward+backward"].median, row.phases["step"].median
-        return self.training["steps"] * (step + (self.training["accumulation"] - 1) * both) / 3600.0
+        return self.training["steps"] * (step + (self.training["accumulation"] - 1) * both)
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file."""
@@ -88,7 +88,20 @@ def plain_words(result: Result) -> list[str]:
             f"{row.variant.label}: {what} takes {row.whole.ratio:.2f} times as long as plain LoRA's "
             f"(95 % interval {low:.2f} to {high:.2f}) and {memory:.2f} times the memory."
         )
+    if result.training is None and phase == "step":
+        found = result.conditions
+        times = ", ".join(
+            f"{_duration(1000 * row.whole.median / found['rows'])} with {row.variant.name}" for row in result.rows
+        )
+        words.append(f"1,000 examples of {found['tokens_per_row']:.0f} tokens would take {times}, on this machine.")
     if result.training is not None:
-        hours = ", ".join(f"{result.hours(row):.2g} h with {row.variant.name}" for row in result.rows)
-        words.append(f"The recipe's {result.training['steps']:,.0f} steps would take {hours}, on this machine.")
+        times = ", ".join(f"{_duration(result.seconds(row))} with {row.variant.name}" for row in result.rows)
+        words.append(f"The recipe's {result.training['steps']:,.0f} steps would take {times}, on this machine.")
     return words
+
+
+def _duration(seconds: float) -> str:
+    """`3.2 h`, `14 min`, `52 s`."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

@@ -110,7 +110,8 @@ def draw(result: Result, file: Path) -> None:
     time.axvline(1.0, color=STOCK, linewidth=0.8, zorder=0)
     time.set_yticks(range(len(rows)), [row.variant.label for row in rows])
     time.set_xlim(0, 1.12 * max(row.whole.ratio_interval[1] for row in rows))
-    time.set_xlabel(f"time of a {phase} / plain LoRA's, 95 % interval", fontsize=9)
+    what = "a training step" if phase == "step" else phase
+    time.set_xlabel(f"time of {what} / plain LoRA's, 95 % interval", fontsize=9)
     memory.set_xlim(0, 1.35 * max(row.peak_bytes for row in rows) / 2**30)
     memory.set_xlabel("peak memory, GiB", fontsize=9)
     for axes in (time, memory):
