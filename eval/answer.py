@@ -14,8 +14,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from eval.decode import EnsembleDecoder, Step
 from eval.prompt import TrainingPrompt
-from pipeline.adapter_check import check_adapter, why_unmasked
-from pipeline.adapter_files import adapter_dropout, load_adapter, read_settings
+from pipeline.adapter.check import check_adapter, why_unmasked
+from pipeline.adapter.files import adapter_dropout, load_adapter, read_settings
 from pipeline.base import load_base, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.lora_dropout import LoraDropout

@@ -20,7 +20,7 @@ from lm_eval.utils import handle_non_serializable
 
 from eval.report import write_report
 from eval.tasks import leaf_tasks
-from pipeline.adapter_files import AdapterSettings, adapter_rank, read_peft_config
+from pipeline.adapter.files import AdapterSettings, adapter_rank, read_peft_config
 from pipeline.base import base_identity
 from pipeline.processes import world_size
 from pipeline.provenance import git_state, machine, now, versions

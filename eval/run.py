@@ -23,8 +23,8 @@ from eval.results import SystemScores, add_stderrs, our_section, write_folder
 from eval.score_table import score_table
 from eval.scores import SYSTEMS
 from eval.tasks import load_tasks
-from pipeline.adapter_check import check_adapter, check_settings, ensemble_settings, why_unmasked
-from pipeline.adapter_files import AdapterSettings, adapter_dropout, load_adapter, read_peft_config, read_settings
+from pipeline.adapter.check import check_adapter, check_settings, ensemble_settings, why_unmasked
+from pipeline.adapter.files import AdapterSettings, adapter_dropout, load_adapter, read_peft_config, read_settings
 from pipeline.base import load_base, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.processes import is_main, world_size

@@ -40,8 +40,8 @@ def check(
     import torch
     from rich.console import Console
 
-    from pipeline.preflight import examine
-    from pipeline.preflight_text import print_findings
+    from pipeline.preflight.checks import examine
+    from pipeline.preflight.text import print_findings
 
     findings = examine(recipe, rows, processes or max(torch.cuda.device_count(), 1))
     print_findings(findings, Console(soft_wrap=True))

@@ -48,8 +48,8 @@ def export(
 
     prepare_environment()
     from pipeline.errors import UserError
-    from pipeline.export import Options, default_folder
-    from pipeline.export import export as run
+    from pipeline.export.run import Options, default_folder
+    from pipeline.export.run import export as run
     from pipeline.hub import check_push, push_folder
 
     if private and push_to_hub is None:

@@ -46,8 +46,8 @@ def noise(
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
-    from pipeline.noise import Effort, measure_noise
-    from pipeline.noise_report import plot, print_noise
+    from pipeline.noise.report import plot, print_noise
+    from pipeline.noise.run import Effort, measure_noise
 
     effort = Effort(grids, grid_examples, grid_masks, examples, repeats)
     disable_progress_bar()

@@ -13,16 +13,16 @@ from datasets import Dataset
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from pipeline.adapter_files import save_adapter, settings_of
+from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.arguments import check_reporters, sft_config
 from pipeline.base import check_device, check_length, load_base, load_config, load_tokenizer
 from pipeline.data import Splits, load_splits
 from pipeline.distributed import adapter_weights, check_launch, zero_stage
 from pipeline.errors import UserError
-from pipeline.execution import Choice, execution_in_force
-from pipeline.forecast import model_shape
 from pipeline.interrupt import InterruptCallback
 from pipeline.model_card import write_model_card
+from pipeline.preflight.execution import Choice, execution_in_force
+from pipeline.preflight.numbers import model_shape
 from pipeline.processes import is_main
 from pipeline.progress import PlainWordsCallback
 from pipeline.provenance import now, provenance, write_json

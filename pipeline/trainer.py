@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.adalora import RankAllocation, orthogonality_loss
-from pipeline.adapter import lora_config
+from pipeline.adapter.adalora import RankAllocation, orthogonality_loss
+from pipeline.adapter.config import lora_config
+from pipeline.adapter.dropout import recipe_dropout
 from pipeline.data.packing import RowCollator, copied_batch, packed_rows, single_rows
 from pipeline.distributed import FirstStepCallback, register_adapter_weights
-from pipeline.dropout import recipe_dropout
-from pipeline.forecast import Execution
 from pipeline.lora_dropout import example_coordinates, instance_coordinates
+from pipeline.preflight.numbers import Execution
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
 from pipeline.step_norms import StepNorms

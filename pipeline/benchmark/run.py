@@ -27,9 +27,9 @@ from pipeline.benchmark.trainers import TrainingSubject, frozen_bytes, synthetic
 from pipeline.benchmark.variants import REFERENCE, Variant, parse_variants
 from pipeline.data import load_splits
 from pipeline.errors import UserError
-from pipeline.estimate import PLAIN, ModelShape, in_words
-from pipeline.execution import device_memory
-from pipeline.forecast import Execution, batch_of, flat, memory_of, model_shape
+from pipeline.preflight.estimate import PLAIN, ModelShape, in_words
+from pipeline.preflight.execution import device_memory
+from pipeline.preflight.numbers import Execution, batch_of, flat, memory_of, model_shape
 from pipeline.processes import launched
 from pipeline.provenance import git_state, now, versions
 from pipeline.recipe import Recipe

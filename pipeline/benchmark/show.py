@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pipeline.benchmark.result import Result, Row, plain_words
 from pipeline.benchmark.statistics import Timing
-from pipeline.estimate import in_words
+from pipeline.preflight.estimate import in_words
 
 OURS, STOCK, INK = "#2f6f8f", "#9a9a9a", "#333333"
 

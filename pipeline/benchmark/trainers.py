@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.adapter import lora_config
+from pipeline.adapter.config import lora_config
 from pipeline.arguments import sft_config
 from pipeline.benchmark.measure import Interval, Mark, mark, stored_bytes
 from pipeline.benchmark.variants import Variant

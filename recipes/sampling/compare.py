@@ -72,10 +72,10 @@ def ensemble_loss(recipe_file: Path, adapter: Path) -> float:
     from torch.nn.functional import cross_entropy
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from pipeline.adapter_files import load_adapter
+    from pipeline.adapter.dropout import recipe_dropout
+    from pipeline.adapter.files import load_adapter
     from pipeline.base import load_base, load_tokenizer
     from pipeline.data import load_splits
-    from pipeline.dropout import recipe_dropout
     from pipeline.recipe import load_recipe
 
     recipe = load_recipe(recipe_file)

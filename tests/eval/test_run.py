@@ -17,7 +17,7 @@ from report_results import synthetic_results
 from eval import run
 from eval.results import SystemScores, write_folder
 from eval.run import check_base, evaluate, memory_advice, systems_of
-from pipeline.adapter_files import AdapterSettings, read_settings, save_adapter
+from pipeline.adapter.files import AdapterSettings, read_settings, save_adapter
 from pipeline.errors import UserError
 from pipeline.recipe import recipe_to_yaml
 from pipeline.recipe.schema import Adapter, Base, Data, Dropout, Ensemble, Eval, Recipe, Source

@@ -15,8 +15,8 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict
 
 from eval.answer import Answerer, load_answerer, question_prompt
-from pipeline.adapter import lora_config
-from pipeline.adapter_files import save_adapter, settings_of
+from pipeline.adapter.config import lora_config
+from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.base import load_base
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, load_recipe, recipe_to_yaml

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from pipeline.data import load_splits
 from pipeline.data.packing import packed_rows
-from pipeline.preflight import Findings, examine, spans
-from pipeline.preflight_text import print_findings
+from pipeline.preflight.checks import Findings, examine, spans
+from pipeline.preflight.text import print_findings
 from pipeline.recipe import load_recipe
 
 

@@ -14,8 +14,8 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict
 from ports import free_port
 
-from pipeline.adapter import lora_config
-from pipeline.adapter_files import save_adapter, settings_of
+from pipeline.adapter.config import lora_config
+from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.base import load_base
 from pipeline.recipe import load_recipe
 

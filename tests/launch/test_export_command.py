@@ -19,8 +19,8 @@ from lm_eval.api.instance import Instance
 from peft import get_peft_model, get_peft_model_state_dict
 
 from eval.lm import EnsembleLM
-from pipeline.adapter import lora_config
-from pipeline.adapter_files import adapter_dropout, load_adapter, read_settings, save_adapter, settings_of
+from pipeline.adapter.config import lora_config
+from pipeline.adapter.files import adapter_dropout, load_adapter, read_settings, save_adapter, settings_of
 from pipeline.base import load_base, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.hub import check_push

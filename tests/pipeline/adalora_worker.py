@@ -19,8 +19,8 @@ from training_worker import Recorder, launched, ours  # prepares the environment
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from pipeline.adalora import RankAllocation, layer_weights
-from pipeline.adapter_files import save_adapter, settings_of
+from pipeline.adapter.adalora import RankAllocation, layer_weights
+from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.distributed import adapter_weights
 from pipeline.recipe import load_recipe
 

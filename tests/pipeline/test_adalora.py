@@ -13,15 +13,15 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerState
 
-from pipeline.adalora import RankAllocation, kept_directions, layer_weights, orthogonality_loss
-from pipeline.adapter import check_target_modules, lora_config
-from pipeline.adapter_files import save_adapter, settings_of
+from pipeline.adapter.adalora import RankAllocation, kept_directions, layer_weights, orthogonality_loss
+from pipeline.adapter.config import check_target_modules, lora_config
+from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.base import load_base, load_config
 from pipeline.distributed import adapter_weights
 from pipeline.errors import UserError
-from pipeline.estimate import rank_memory
-from pipeline.forecast import model_shape, numerics_of
 from pipeline.lora_dropout import LoraDropout
+from pipeline.preflight.estimate import rank_memory
+from pipeline.preflight.numbers import model_shape, numerics_of
 from pipeline.recipe import RecipeError, load_recipe
 from pipeline.recipe.schema import AdaLora, Adapter, Dropout
 

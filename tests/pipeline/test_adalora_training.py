@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from pipeline.adalora import STATE_FILE
-from pipeline.adapter_files import save_adapter, settings_of
+from pipeline.adapter.adalora import STATE_FILE
+from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.arguments import sft_config
 from pipeline.base import load_base, load_tokenizer
 from pipeline.data import load_splits

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.adapter_check import check_adapter, check_settings, ensemble_settings
-from pipeline.adapter_files import AdapterSettings, read_peft_config, read_settings, save_adapter, settings_of
+from pipeline.adapter.check import check_adapter, check_settings, ensemble_settings
+from pipeline.adapter.files import AdapterSettings, read_peft_config, read_settings, save_adapter, settings_of
 from pipeline.errors import UserError
 from pipeline.recipe import schema
 

@@ -12,7 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pipeline.adapter import check_target_modules
+from pipeline.adapter.config import check_target_modules
 from pipeline.base import check_device, check_length, load_base, load_config
 from pipeline.errors import UserError
 from pipeline.recipe import schema

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from pipeline.estimate import (
+from pipeline.preflight.estimate import (
     PLAIN,
     ModelShape,
     Numerics,
@@ -27,7 +27,7 @@ from pipeline.estimate import (
     quantization_constants_bytes,
     rank_memory,
 )
-from pipeline.forecast import model_shape
+from pipeline.preflight.numbers import model_shape
 from pipeline.recipe import Recipe
 
 NF4 = Numerics("nf4", "bfloat16")

@@ -12,13 +12,20 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from pipeline.dropout import check_rate_pattern
+from pipeline.adapter.dropout import check_rate_pattern
 from pipeline.errors import UserError
-from pipeline.estimate import PLAIN, ModelShape, mask_bytes
-from pipeline.execution import CLEARLY, FITS, DeviceMemory, check_shared_weight, chosen_execution, device_memory
-from pipeline.forecast import memory_of, model_shape, numerics_of
 from pipeline.lora_dropout import LoraDropout
 from pipeline.lora_dropout.linear import masked_weights
+from pipeline.preflight.estimate import PLAIN, ModelShape, mask_bytes
+from pipeline.preflight.execution import (
+    CLEARLY,
+    FITS,
+    DeviceMemory,
+    check_shared_weight,
+    chosen_execution,
+    device_memory,
+)
+from pipeline.preflight.numbers import memory_of, model_shape, numerics_of
 from pipeline.recipe import Recipe
 
 GIB = 2**30

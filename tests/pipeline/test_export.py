@@ -26,12 +26,12 @@ from transformers import (
 )
 
 from pipeline import export as export_module
-from pipeline.adapter_check import check_adapter
-from pipeline.adapter_files import AdapterSettings, adapter_dropout, load_adapter, save_adapter
+from pipeline.adapter.check import check_adapter
+from pipeline.adapter.files import AdapterSettings, adapter_dropout, load_adapter, save_adapter
 from pipeline.base import load_base
 from pipeline.errors import UserError
-from pipeline.export import Options, default_folder, export, sha256
-from pipeline.merge import merged_model
+from pipeline.export.merge import merged_model
+from pipeline.export.run import Options, default_folder, export, sha256
 from pipeline.recipe import load_recipe, recipe_to_yaml, schema
 
 VOCABULARY = 67
@@ -313,7 +313,7 @@ def test_a_base_that_is_stored_quantised_is_refused(trained: Path, monkeypatch: 
     config = trained.parent / "base" / "config.json"
     stored = {"quant_method": "gptq", "bits": 4}
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": stored}))
-    monkeypatch.setattr("pipeline.export.merged_model", None)  # is not reached
+    monkeypatch.setattr("pipeline.export.run.merged_model", None)  # is not reached
     with pytest.raises(UserError) as error:
         export(trained, trained.parent / "out", Options("merged"), progress=False)
     message = str(error.value)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from pipeline.gradient_noise import (
+from pipeline.noise.components import (
     AdapterGradient,
     Components,
     Draw,

@@ -16,8 +16,8 @@ from training_support import random_rows, write_rows
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
-from pipeline.noise import BreakEven, Effort, measure_noise
-from pipeline.noise_report import in_words, plot, print_noise
+from pipeline.noise.report import in_words, plot, print_noise
+from pipeline.noise.run import BreakEven, Effort, measure_noise
 from pipeline.recipe import Recipe, load_recipe
 
 RECIPE = """

@@ -10,8 +10,8 @@ import torch
 from training_support import random_rows, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.adapter import check_target_modules, lora_config
-from pipeline.adapter_files import check_adapter_folder, load_adapter, read_settings
+from pipeline.adapter.config import check_target_modules, lora_config
+from pipeline.adapter.files import check_adapter_folder, load_adapter, read_settings
 from pipeline.distributed import check_launch
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, recipe_to_yaml, schema

@@ -35,7 +35,7 @@ from training_jobs import (
 from training_support import random_rows, run_worker, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.adapter_files import load_adapter, read_settings
+from pipeline.adapter.files import load_adapter, read_settings
 from pipeline.base import load_base
 from pipeline.recipe import load_recipe
 

@@ -36,7 +36,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.adapter_files import save_adapter, settings_of
+from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.arguments import sft_config
 from pipeline.base import load_base, load_tokenizer
 from pipeline.data import load_rows, load_splits

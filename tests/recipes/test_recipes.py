@@ -48,7 +48,7 @@ def test_alpaca_recipes_differ_in_the_regulariser_only() -> None:
 
 
 def test_alpaca_batch_arithmetic_in_the_header() -> None:
-    from pipeline.forecast import batch_of
+    from pipeline.preflight.numbers import batch_of
 
     run = batch_of(load_recipe(RECIPES / "alpaca.yaml"), rows=50_700, processes=1)
     header = (RECIPES / "alpaca.yaml").read_text()

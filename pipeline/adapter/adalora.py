@@ -35,7 +35,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pipeline.adapter import freeze_rank_numbers
+from pipeline.adapter.config import freeze_rank_numbers
 from pipeline.errors import UserError
 from pipeline.processes import is_main
 from pipeline.recipe import schema

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.estimate import PLAIN, Batch, ModelShape, RankMemory, in_words
-from pipeline.execution import Choice
-from pipeline.preflight import Disk, Findings, Sample, spans
+from pipeline.preflight.checks import Disk, Findings, Sample, spans
+from pipeline.preflight.estimate import PLAIN, Batch, ModelShape, RankMemory, in_words
+from pipeline.preflight.execution import Choice
 
 OPEN, CLOSE = "⟦", "⟧"
 """Around trained tokens."""

@@ -10,10 +10,10 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapter import check_target_modules, freeze_rank_numbers, lora_config
-from pipeline.dropout import recipe_dropout
-from pipeline.estimate import PLAIN, Batch, ModelShape, Numerics, RankMemory, batch, rank_memory
+from pipeline.adapter.config import check_target_modules, freeze_rank_numbers, lora_config
+from pipeline.adapter.dropout import recipe_dropout
 from pipeline.lora_dropout.masks import padded
+from pipeline.preflight.estimate import PLAIN, Batch, ModelShape, Numerics, RankMemory, batch, rank_memory
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
 

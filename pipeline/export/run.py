@@ -24,8 +24,8 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
 
-from pipeline.adapter_check import check_adapter, why_unmasked
-from pipeline.adapter_files import (
+from pipeline.adapter.check import check_adapter, why_unmasked
+from pipeline.adapter.files import (
     CONFIG_FILE,
     SETTINGS_FILE,
     WEIGHTS_FILE,
@@ -35,10 +35,10 @@ from pipeline.adapter_files import (
 )
 from pipeline.base import DTYPES, load_tokenizer
 from pipeline.errors import UserError
-from pipeline.estimate import in_words
-from pipeline.members import MemberWriter
-from pipeline.merge import check_mergeable, check_shard_size, merge_type, merged_model
+from pipeline.export.members import MemberWriter
+from pipeline.export.merge import check_mergeable, check_shard_size, merge_type, merged_model
 from pipeline.model_card import write_export_card
+from pipeline.preflight.estimate import in_words
 from pipeline.provenance import git_state, now, versions, write_json
 from pipeline.recipe import Recipe, load_recipe, schema
 from pipeline.run_folder import PROVENANCE_FILE, RECIPE_FILE, read_history

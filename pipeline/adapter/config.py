@@ -25,7 +25,7 @@ def lora_config(adapter: schema.Adapter) -> LoraConfig:
     """peft's configuration, with eq. 2's factor folded into alpha where ``rescale`` is false.
 
     AdaLoRA's schedule is not known before the trainer counts its steps: until then it is a placeholder, see
-    :class:`pipeline.adalora.RankAllocation`.
+    :class:`pipeline.adapter.adalora.RankAllocation`.
     """
     dropout = adapter.dropout
     common: dict[str, Any] = {

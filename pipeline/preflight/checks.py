@@ -17,9 +17,9 @@ from pipeline.data.load import load_rows, read_raw
 from pipeline.data.packing import packed_rows
 from pipeline.data.tokenise import IGNORED
 from pipeline.errors import UserError
-from pipeline.estimate import Batch, ModelShape, RankMemory, checkpoint_bytes, checkpoints_on_disk, in_words
-from pipeline.execution import Choice, check_shared_weight, chosen_execution, device_memory
-from pipeline.forecast import batch_of, memory_by_stage, model_shape, numerics_of
+from pipeline.preflight.estimate import Batch, ModelShape, RankMemory, checkpoint_bytes, checkpoints_on_disk, in_words
+from pipeline.preflight.execution import Choice, check_shared_weight, chosen_execution, device_memory
+from pipeline.preflight.numbers import batch_of, memory_by_stage, model_shape, numerics_of
 from pipeline.recipe import Recipe, schema
 from pipeline.recipe.training import resolved_training
 from pipeline.run_folder import check_run_folder, run_folder

@@ -14,7 +14,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pipeline.adapter_files import WEIGHTS_FILE, AdapterSettings, adapter_dropout, without_false_warnings
+from pipeline.adapter.files import WEIGHTS_FILE, AdapterSettings, adapter_dropout, without_false_warnings
 from pipeline.lora_dropout.layer_masks import LayerMasks
 
 

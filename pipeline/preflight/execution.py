@@ -10,8 +10,8 @@ import torch
 from accelerate.utils import gather_object
 
 from pipeline.errors import UserError
-from pipeline.estimate import PLAIN, ModelShape, RankMemory, in_words
-from pipeline.forecast import Execution, flat, memory_of
+from pipeline.preflight.estimate import PLAIN, ModelShape, RankMemory, in_words
+from pipeline.preflight.numbers import Execution, flat, memory_of
 from pipeline.processes import launched, world_size
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training

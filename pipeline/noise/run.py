@@ -14,13 +14,13 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from pipeline.adapter import check_target_modules, lora_config
-from pipeline.adapter_files import load_adapter
+from pipeline.adapter.config import check_target_modules, lora_config
+from pipeline.adapter.dropout import recipe_dropout
+from pipeline.adapter.files import load_adapter
 from pipeline.base import load_base, load_tokenizer
 from pipeline.data import load_splits
-from pipeline.dropout import recipe_dropout
 from pipeline.errors import UserError
-from pipeline.gradient_noise import (
+from pipeline.noise.components import (
     AdapterGradient,
     Components,
     DrawRows,

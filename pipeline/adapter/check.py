@@ -12,7 +12,7 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from pipeline.adapter_files import (
+from pipeline.adapter.files import (
     SETTINGS_FILE,
     WEIGHTS_FILE,
     AdapterSettings,

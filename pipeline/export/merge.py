@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.utils.hub import convert_file_size_to_int
 
-from pipeline.adapter_files import load_adapter
+from pipeline.adapter.files import load_adapter
 from pipeline.base import DTYPES, load_base, load_config
 from pipeline.errors import UserError
 from pipeline.recipe import schema

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.gradient_noise import Estimate
-from pipeline.noise import Comparison, Noise
+from pipeline.noise.components import Estimate
+from pipeline.noise.run import Comparison, Noise
 
 SHARED, OWN, BALANCED = "#b4552d", "#2d6cb4", "#7a7a7a"
 COLOURS = {"instance": SHARED, "example": OWN, "balanced": BALANCED}
