@@ -7,7 +7,7 @@ python launch/benchmark.py --level layer --shape llama2-7b --tokens 512        o
 Settings come from the recipe, by default recipes/alpaca.yaml. The variants share one frozen base; each has an adapter
 and an optimizer of its own.
 
-On a GPU, by estimate (unmeasured so far, for want of one): 12 s per round at 300 TFLOP/s, and 16 GiB; the second, 10 GiB.
+On a GPU, by estimate (unmeasured so far, for want of one): 12 s per round at 300 TFLOP/s and 16 GiB, then 10 GiB.
 python launch/benchmark.py --shape llama2-7b --tokens 512 --json cost.json --plot cost.svg
 python launch/benchmark.py --shape llama2-7b --tokens 512 --variants lora-dropout,example,instance-4
 """
