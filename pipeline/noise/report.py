@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -96,7 +97,8 @@ def plot(noise: Noise, file: Path) -> None:
     _draw(left, noise.equal_examples, f"equal examples: B = {noise.effort.examples}")
     _draw(right, noise.equal_compute, f"equal compute: {noise.effort.passes} rows per step")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.savefig(file)
+    with rc_context({"svg.fonttype": "none"}):  # text, not outlines
+        figure.savefig(file)
 
 
 def _draw(axes: Axes, comparisons: list[Comparison], title: str) -> None:

@@ -167,6 +167,7 @@ def _interval(difference: Difference) -> str:
 
 def draw(found: Sequence[Measured], compared: Sequence[Difference], file: Path) -> None:
     """Left: loss of each seed and mode. Right: paired differences with 95 % intervals, and the margin."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     colours = {"equal steps": "#b4552d", "equal compute": "#2d6cb4"}
@@ -186,17 +187,18 @@ def draw(found: Sequence[Measured], compared: Sequence[Difference], file: Path) 
             error = [[one.mean - one.interval_95[0]], [one.interval_95[1] - one.mean]]
             right.errorbar(one.mean, place - shift, xerr=error, fmt="o", ms=4, capsize=3, color=colours[budget])
     left.set_xticks(range(len(modes)), modes)
-    left.set_ylabel("held-out loss, nats per token (dots: seeds)")
+    left.set_ylabel("held-out loss, nats per token; dots: seeds")
     left.legend(frameon=False, fontsize=8)
     right.set_yticks(range(len(COMPARED)), [f"{first} - {second}" for first, second in reversed(COMPARED)])
     right.axvline(0, color="#999999", lw=0.8)
     right.axvline(MARGIN, color="#999999", lw=0.8, ls="--")
     right.annotate("margin", (MARGIN, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
-    right.set_xlabel("difference in held-out loss, paired by seed, 95 % t interval")
+    right.set_xlabel("difference in held-out loss, 95 % t interval")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8.5)
-    figure.savefig(file)
+    with rc_context({"svg.fonttype": "none"}):  # text, not outlines: a third of the size
+        figure.savefig(file)
 
 
 def write_results(found: Sequence[Measured], protocol: dict[str, Any], folder: Path) -> str:

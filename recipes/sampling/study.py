@@ -176,10 +176,10 @@ def longest_run(mode: str, rate: float, seed: int, wanted: Mapping[int, Collecti
     return Run(mode, rate, seed, max(steps for steps, rates in wanted.items() if rate in rates))
 
 
-def tuned_rates(output: Path, jobs: int) -> Rates:
-    """The learning rate with the least held-out loss at the tuning seed.
+def tuned_rates(output: Path, jobs: int) -> tuple[Rates, dict[str, dict[int, dict[float, float]]]]:
+    """The learning rate with the least held-out loss at the tuning seed, and the loss at each that was tried.
 
-    Where it is the lowest or the highest tried, the next by a factor of two is tried, too.
+    Where the best is the lowest or the highest tried, the next by a factor of two is tried, too.
     """
     tried = {mode: {steps_at(mode, budget): set(RATES[steps_at(mode, budget)]) for budget in BUDGETS} for mode in MODES}
     while True:
@@ -190,20 +190,22 @@ def tuned_rates(output: Path, jobs: int) -> Rates:
         }
         train_all(runs.values(), output, jobs)
         best: Rates = {mode: {} for mode in MODES}
+        losses: dict[str, dict[int, dict[float, float]]] = {mode: {} for mode in MODES}
         complete = True
         for mode in MODES:
             for steps, rates in tried[mode].items():
-                losses = {rate: at_step(runs[mode, rate], output, "validation_loss", steps) for rate in rates}
-                best[mode][steps] = rate = min(losses, key=losses.__getitem__)
+                found = {rate: at_step(runs[mode, rate], output, "validation_loss", steps) for rate in sorted(rates)}
+                losses[mode][steps] = found
+                best[mode][steps] = rate = min(found, key=found.__getitem__)
                 wider = {min(rates): rate / 2, max(rates): rate * 2}.get(rate)
                 if wider is not None:
                     rates.add(wider)
                     complete = False
         if complete:
-            return best
+            return best, losses
 
 
-def test_run(mode: str, seed: int, budget: str, best: Rates) -> Run:
+def run_at(mode: str, seed: int, budget: str, best: Rates) -> Run:
     """The run that shows a mode at a budget."""
     wanted = {steps: [rate] for steps, rate in best[mode].items()}
     return longest_run(mode, best[mode][steps_at(mode, budget)], seed, wanted)
@@ -263,9 +265,9 @@ def study(
     prepare_environment()
     output = output.absolute()
     write_rows(rows, output)
-    best = tuned_rates(output, jobs)
+    best, tuning_losses = tuned_rates(output, jobs)
     print(f"learning rates: {json.dumps(best)}", flush=True)
-    tests = {key: test_run(*key, best) for key in product(MODES, TEST_SEEDS, BUDGETS)}
+    tests = {key: run_at(*key, best) for key in product(MODES, TEST_SEEDS, BUDGETS)}
     train_all(tests.values(), output, jobs)
     measure_ensembles(tests, output, jobs)
     found = [measured_run(*key, run, output) for key, run in tests.items()]
@@ -275,6 +277,7 @@ def study(
         "max_length": MAX_LENGTH,
         "tuning_seed": TUNING_SEED,
         "learning_rates": best,
+        "tuning_losses": tuning_losses,
     }
     text = write_results(found, protocol, output)
     (output / "table.md").write_text(text)

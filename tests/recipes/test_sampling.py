@@ -47,9 +47,9 @@ def test_equal_compute_is_as_many_passes() -> None:
 
 def test_one_run_serves_both_budgets_only_at_one_learning_rate() -> None:
     best = {"lora": {30: 1e-3, 120: 1e-3}, "example-1": {30: 2e-3, 120: 5e-4}}
-    assert study.test_run("lora", 1, "equal steps", best) == study.Run("lora", 1e-3, 1, 120)
-    assert study.test_run("example-1", 1, "equal steps", best) == study.Run("example-1", 2e-3, 1, 30)
-    assert study.test_run("example-1", 1, "equal compute", best) == study.Run("example-1", 5e-4, 1, 120)
+    assert study.run_at("lora", 1, "equal steps", best) == study.Run("lora", 1e-3, 1, 120)
+    assert study.run_at("example-1", 1, "equal steps", best) == study.Run("example-1", 2e-3, 1, 30)
+    assert study.run_at("example-1", 1, "equal compute", best) == study.Run("example-1", 5e-4, 1, 120)
 
 
 def test_readme_shows_the_results() -> None:
