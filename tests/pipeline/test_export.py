@@ -25,11 +25,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pipeline import export as export_module
 from pipeline.adapter.check import check_adapter
 from pipeline.adapter.files import AdapterSettings, adapter_dropout, load_adapter, save_adapter
 from pipeline.base import load_base
 from pipeline.errors import UserError
+from pipeline.export import run as export_module
 from pipeline.export.merge import merged_model
 from pipeline.export.run import Options, default_folder, export, sha256
 from pipeline.recipe import load_recipe, recipe_to_yaml, schema
