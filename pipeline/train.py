@@ -18,6 +18,7 @@ from pipeline.arguments import check_reporters, sft_config
 from pipeline.base import check_device, check_length, load_base, load_config, load_tokenizer
 from pipeline.data import Splits, load_splits
 from pipeline.distributed import adapter_weights, check_launch, zero_stage
+from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.interrupt import InterruptCallback
 from pipeline.model_card import write_model_card
@@ -78,6 +79,8 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
     choice = execution_in_force(recipe, shape, splits.statistics.tokens / splits.statistics.rows)
     record = {**provenance(recipe, splits.sources), "execution": choice.reason}
 
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     set_seed(recipe.seed)
     model = load_base(recipe.base)
     if is_main():

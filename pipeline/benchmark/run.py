@@ -26,6 +26,7 @@ from pipeline.benchmark.statistics import timing
 from pipeline.benchmark.trainers import TrainingSubject, frozen_bytes, synthetic_rows
 from pipeline.benchmark.variants import REFERENCE, Variant, parse_variants
 from pipeline.data import load_splits
+from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.preflight.estimate import PLAIN, ModelShape, in_words
 from pipeline.preflight.execution import device_memory
@@ -83,6 +84,8 @@ def benchmark(recipe: Recipe, settings: Settings, announce: Callable[[str], None
     recipe = _with_tokens(recipe, settings)
     _check(recipe, settings)
     device = default_device()
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
     config = shape_config(settings.shape, settings.layers) if settings.shape else load_config(recipe.base)
     check_length(config, recipe.base, recipe.data.max_length)
     with tempfile.TemporaryDirectory() as folder:
