@@ -56,7 +56,7 @@ def noise(
         found = measure_noise(recipe, adapter, effort, status.update)
     print_noise(found, Console(soft_wrap=True))
     if json_file:
-        json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+        json_file.write_text(json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
     if plot_file:
         plot(found, plot_file)
 

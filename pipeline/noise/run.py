@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -98,8 +99,11 @@ class Noise:
     effort: Effort
 
     def to_json(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return asdict(self)
+        """For ``--json``; what is infinite is null there."""
+        record = asdict(self)
+        for numbers in record["break_even"].values():
+            numbers.update({name: None for name, value in numbers.items() if math.isinf(value)})
+        return record
 
 
 def settings(effort: Effort) -> tuple[list[Setting], list[Setting]]:

@@ -60,6 +60,7 @@ def test_measures_a_saved_adapter_and_says_what_it_found(recipe: Recipe, small_b
     plot(found, tmp_path / "noise.svg")
     assert "</svg>" in (tmp_path / "noise.svg").read_text()
     drowned = replace(found, break_even={4: BreakEven(float("inf"), 30.0, float("inf"))})
+    assert drowned.to_json()["break_even"] == {4: {"examples": None, "low": 30.0, "high": None}}
     assert "from infinitely many examples per micro-batch on (95 % interval 30 to" in in_words(drowned)[0]
 
 
