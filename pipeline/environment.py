@@ -38,9 +38,9 @@ def prepare_environment() -> None:
 def keep_freed_memory() -> None:
     """Where tensors are in the host's memory, under glibc: keep what they free, for the next ones.
 
-    glibc maps what is larger than 32 MiB anew each time, and the kernel zeroes every page of it: 11 % of a step of 8,192
-    tokens at width 1024, 3 % at 2,048. The process stays as large as it was at its largest, measured 0 to 30 % above what
-    it takes without this.
+    glibc maps what is larger than 32 MiB anew each time, and the kernel zeroes every page of it: 11 % of a step of
+    8,192 tokens at width 1024, 3 % at 2,048. The process stays as large as it was at its largest, measured 0 to 30 %
+    above what it takes without this.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
