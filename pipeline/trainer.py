@@ -220,12 +220,16 @@ class LoraDropoutTrainer(SFTTrainer):
         state = self.accelerator.gradient_state
         synchronise = state.sync_gradients
         total = torch.zeros((), device=self.args.device)
+        steps = self.current_gradient_accumulation_steps
+        # trl divides by it what is a mean over a pass, not a sum over its tokens: the routers' loss of experts
+        self.current_gradient_accumulation_steps = steps * self.copies
         for copy in range(self.copies):
             last = copy == self.copies - 1
             state._set_sync_gradients(synchronise and last)
             apart = nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
             with apart, self._masks(inputs, coordinates[copy * groups : (copy + 1) * groups], lengths):
                 total += super().training_step(model, dict(inputs), items)
+        self.current_gradient_accumulation_steps = steps
         return total
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -54,7 +54,9 @@ def check_settings(settings: AdapterSettings | None, recipe: Recipe, folder: Pat
     names = list(SETTING_KEYS) if settings.masked else ["method", "alpha"]
     recorded = {SETTING_KEYS[name]: getattr(settings, name) for name in names}
     asked = {SETTING_KEYS[name]: getattr(ours, name) for name in names}
-    recorded["adapter.rank"], asked["adapter.rank"] = adapter_rank(read_peft_config(folder)), recipe.adapter.rank
+    stored = read_peft_config(folder)
+    recorded |= {"adapter.rank": adapter_rank(stored), "adapter.rank_stabilized": stored.get("use_rslora", False)}
+    asked |= {"adapter.rank": recipe.adapter.rank, "adapter.rank_stabilized": recipe.adapter.rank_stabilized}
     different = [key for key in recorded if recorded[key] != asked[key]]
     if not different:
         return

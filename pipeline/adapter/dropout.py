@@ -27,6 +27,8 @@ def recipe_dropout(model: PeftModel, recipe: Recipe) -> LoraDropout | None:
     except ValueError as error:
         raise UserError(f"adapter.target_modules: {error}.\nOr train without masks: adapter.dropout.rate=0.") from error
     check_rate_pattern(settings.rate_pattern, names)
+    if not settings.rescale:
+        check_folded_pattern(settings.rate_pattern, names)
     return LoraDropout(
         model,
         settings.rate,
@@ -57,4 +59,23 @@ def check_rate_pattern(pattern: dict[str, float], names: list[str]) -> None:
                 f"adapter.dropout.rate_pattern: {key!r} names no module that holds the adapter.\n"
                 f"There are: {', '.join(endings)}, e.g. {names[0]}; a key is the end of such a name from a dot on, or "
                 "a regular expression that matches it whole."
+            )
+
+
+def check_folded_pattern(pattern: dict[str, float], names: list[str]) -> None:
+    """Rates that are folded into alphas (``rescale: false``) must not depend on the order of their keys.
+
+    peft writes ``alpha_pattern`` sorted, and takes the first key that matches: a loaded adapter would get other alphas
+    than it was trained with.
+
+    Raises:
+        UserError: names a module that changes its rate with the order.
+    """
+    given, stored = Rates(0.0, pattern), Rates(0.0, dict(sorted(pattern.items())))
+    for name in names:
+        if given.of(name) != stored.of(name):
+            raise UserError(
+                f"adapter.dropout.rate_pattern: several keys match {name}; with adapter.dropout.rescale false "
+                f"peft's file keeps alphas sorted by key: it would get {stored.of(name):g} for {given.of(name):g}.\n"
+                "Let one key match each module, or set adapter.dropout.rescale to true."
             )

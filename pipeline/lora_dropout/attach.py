@@ -197,8 +197,8 @@ class LoraDropout:
             progress: share of the training that is done, for a rate that changes.
 
         Raises:
-            RuntimeError: entered inside another one.
-            ValueError: several masks for a layer that can only have one; the adapter is merged or not active.
+            RuntimeError: entered inside another one, of this handle or of another one on the adapter.
+            ValueError: several masks for a layer that can only have one; the adapter is merged, disabled or not active.
         """
         if self._active:
             raise RuntimeError("LoraDropout.masks() is already active on this adapter; leave it first")
@@ -274,6 +274,13 @@ class LoraDropout:
                     f"{name}: the adapter {self.adapter_name!r} is not active and its masks would change nothing; "
                     "set_adapter() first"
                 )
+            if masked.layer.disable_adapters:
+                raise ValueError(f"{name}: adapters are disabled and masks would change nothing; enable them first")
+            if masked.occupied():
+                raise RuntimeError(
+                    f"{name}: the adapter {self.adapter_name!r} already has masks, of another LoraDropout, or another "
+                    "LoRA variant there; leave that first, or it would be lost"
+                )
             if masked.one_group and groups > 1:
                 raise ValueError(
                     f"{name}: {masked.one_group}, so {groups} masks cannot run at once; use instance masks, one after "
@@ -285,8 +292,8 @@ class LoraDropout:
         """One for all layers where they have one rate, else ``(F,)`` int32."""
         if len(set(rates)) == 1:
             return threshold(rates[0])
-        each = torch.tensor([threshold(rate) for rate in rates for _side in "AB"], dtype=torch.int32)
-        return each.repeat_interleave(torch.tensor(sizes)).to(device)
+        each = torch.tensor([threshold(rate) for rate in rates for _side in "AB"], dtype=torch.int32, device=device)
+        return each.repeat_interleave(torch.tensor(sizes, device=device), output_size=sum(sizes))
 
     def _feature_words(self) -> torch.Tensor:
         """``(F/2,)`` int64, A then B of every layer: all masks of a step come from one hash of this vector."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora.layer import LoraLayer
 
 from pipeline.lora_dropout.masks import picked, unpacked
 
@@ -144,7 +144,7 @@ class MaskedLayer(ABC):
     one_group = ""
     """Why the whole batch must share one mask; empty where it need not."""
 
-    def __init__(self, name: str, layer: BaseTunerLayer, adapter_name: str) -> None:
+    def __init__(self, name: str, layer: LoraLayer, adapter_name: str) -> None:
         """Remember the layer; nothing changes yet.
 
         Args:
@@ -165,6 +165,10 @@ class MaskedLayer(ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Of the adapter's weights, where the masks must be."""
+
+    def occupied(self) -> bool:
+        """Whether something is in the place of the masked pass: another handle's masks, or another variant."""
+        return self.adapter_name in self.layer.lora_variant
 
     @abstractmethod
     def attach(self, masks: LayerMasks) -> None:

@@ -19,6 +19,10 @@ class SwappedLayer(MaskedLayer):
     classes: ClassVar[dict[type, type]]
     """peft's class -> its subclass with masks."""
 
+    def occupied(self) -> bool:
+        """Whether masks of the adapter are on."""
+        return self.adapter_name in self.layer.__dict__.get("masks", {})
+
     def attach(self, masks: LayerMasks) -> None:
         """Swap the class, unless another adapter's masks already did."""
         if type(self.layer) in self.classes:

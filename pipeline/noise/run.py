@@ -145,8 +145,8 @@ def measure_noise(recipe: Recipe, adapter: Path | None, effort: Effort, tell: Ca
     shared = [name for name, layer in dropout.layers.items() if layer.one_group]
     if shared:
         raise UserError(
-            f"adapter.target_parameters: {shared[0]} has one mask for all rows of a batch, and this measurement "
-            "gives each example its own; leave it out"
+            f"adapter: {shared[0]} has one mask for all rows of a batch, and this measurement gives each example its "
+            "own; leave it out of target_modules or target_parameters"
         )
     trained = [sum(label != -100 for label in labels[1:]) for labels in rows["labels"]]
     collate = _collator(rows["input_ids"], rows["labels"], tokenizer, model.device)

@@ -249,6 +249,11 @@ def test_settings_of_an_older_version_are_read(adapter: Path) -> None:
         ({"method": "adalora"}, "adapter.method: trained with lora, the recipe has adalora", "adapter.method=lora"),
         ({"alpha": 16.0}, "adapter.alpha: trained with 8.0, the recipe has 16.0", "adapter.alpha=8.0"),
         ({"rank": 8}, "adapter.rank: trained with 4, the recipe has 8", "adapter.rank=4"),
+        (
+            {"rank_stabilized": True},
+            "adapter.rank_stabilized: trained with false, the recipe has true",
+            "adapter.rank_stabilized=false",
+        ),
     ],
 )
 def test_settings_that_disagree_are_listed(adapter: Path, changes: dict[str, Any], line: str, override: str) -> None:

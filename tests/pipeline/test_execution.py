@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from pipeline.adapter.dropout import check_rate_pattern
+from pipeline.adapter.dropout import check_folded_pattern, check_rate_pattern
 from pipeline.errors import UserError
 from pipeline.lora_dropout import LoraDropout
 from pipeline.lora_dropout.linear import masked_weights
@@ -200,3 +200,14 @@ def test_a_rate_for_no_module_is_refused(key: str, says: str) -> None:
 
 def test_rates_that_name_modules() -> None:
     check_rate_pattern({"q_proj": 0.1, r".*\.mlp\..*": 0.2, "model.layers.1.mlp.down_proj": 0.3}, NAMES)
+
+
+def test_folded_rates_do_not_depend_on_the_order_of_keys() -> None:
+    """peft's file sorts them. Checked where layers are first known, before a base is loaded."""
+    check_folded_pattern({"q_proj": 0.1, r".*\.mlp\..*": 0.2, r".*\.1\.mlp\..*": 0.2}, NAMES)
+    check_folded_pattern({r".*_proj": 0.1, "q_proj": 0.2}, NAMES)  # sorted already
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    overlapping = {"q_proj": 0.1, ".*_proj": 0.2}
+    model_shape(config, recipe(rate_pattern=overlapping))
+    with pytest.raises(UserError, match=r"several keys match \S+q_proj; .* it would get 0\.2 for 0\.1\.\nLet one"):
+        model_shape(config, recipe(rate_pattern=overlapping, rescale=False))

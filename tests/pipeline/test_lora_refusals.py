@@ -10,7 +10,7 @@ import pytest
 import torch
 from lora_kinds import Experts
 from lora_reference import OneLayer, adapted
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.awq import AwqLoraLinear
 from torch import nn
 
@@ -221,6 +221,33 @@ def test_an_adapter_that_is_not_active_is_refused() -> None:
     model.set_adapter("other")
     with dropout.members([0]):
         model(torch.randn(2, 4))
+
+
+def test_a_disabled_adapter_is_refused() -> None:
+    model = linear()
+    dropout = LoraDropout(model, 0.5, seed=0)
+    with model.disable_adapter(), pytest.raises(ValueError, match="layer: adapters are disabled"), dropout.members([0]):
+        pass
+
+
+ADALORA = AdaLoraConfig(init_r=2, target_r=1, total_step=10, target_modules=["layer"])
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2, target_modules=["layer"]), ADALORA], ids=["lora", "adalora"])
+def test_a_second_handle_cannot_take_the_masks_away(config: PeftConfig) -> None:
+    """Its own end would leave the first one's rest without masks."""
+    model = adapted(nn.Linear(4, 4), config, torch.float32)
+    first, second = (LoraDropout(model, 0.5, seed=seed) for seed in (0, 1))
+    x = torch.randn(2, 4)
+    stock = model(x)
+    with first.members([0]):
+        masked = model(x)
+        with pytest.raises(RuntimeError, match="layer: the adapter 'default' already has masks"), second.members([0]):
+            pass
+        assert torch.equal(model(x), masked)
+    assert torch.equal(model(x), stock)
+    with second.members([0]):
+        model(x)
 
 
 def test_packed_lengths_must_add_up() -> None:
