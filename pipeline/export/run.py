@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import PeftModel
 from rich.console import Console
@@ -318,7 +318,7 @@ def check_output(folder: Path, adapter: Path, overwrite: bool) -> None:
         raise UserError(f"--output: {folder} is a file; choose a folder")
     if not folder.exists() or not any(folder.iterdir()):
         return
-    ours = (folder / MANIFEST_FILE).exists()
+    ours = is_export(folder)
     if not overwrite:
         held = "an export" if ours else "files of something else"
         raise UserError(
@@ -327,9 +327,18 @@ def check_output(folder: Path, adapter: Path, overwrite: bool) -> None:
         )
     if not ours:
         raise UserError(
-            f"{folder}: --overwrite replaces exports only, and this folder has no {MANIFEST_FILE}.\n"
+            f"{folder}: --overwrite replaces exports only, and this folder has no {MANIFEST_FILE} of one.\n"
             "Empty it yourself, or choose another place with --output."
         )
+
+
+def is_export(folder: Path) -> bool:
+    """Whether its manifest is one of ours: other programs' files have that name, too, and overwriting deletes."""
+    try:
+        found = json.loads((folder / MANIFEST_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("form") in get_args(Form) and "source" in found
 
 
 def check_disk(folder: Path, size: int) -> None:

@@ -15,9 +15,10 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from pipeline.adapter.check import check_adapter, check_settings
 from pipeline.adapter.config import check_target_modules, lora_config
 from pipeline.adapter.dropout import recipe_dropout
-from pipeline.adapter.files import load_adapter
+from pipeline.adapter.files import load_adapter, read_settings
 from pipeline.base import load_base, load_tokenizer
 from pipeline.data import load_splits
 from pipeline.errors import UserError
@@ -133,8 +134,12 @@ def measure_noise(recipe: Recipe, adapter: Path | None, effort: Effort, tell: Ca
         tell: takes a line about progress.
 
     Raises:
-        UserError: the recipe masks nothing; the adapter does not load; a layer that has one mask for all rows.
+        UserError: the recipe masks nothing; the adapter does not load, or was trained with other settings; a layer that
+            has one mask for all rows.
     """
+    if adapter is not None:
+        check_settings(read_settings(adapter), recipe, adapter)
+        check_adapter(recipe.base, adapter)
     tokenizer = load_tokenizer(recipe.base)
     rows = load_splits(recipe, tokenizer).train
     torch.manual_seed(recipe.seed)

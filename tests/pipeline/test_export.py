@@ -353,9 +353,11 @@ def test_the_folder_is_never_overwritten_silently(trained: Path) -> None:
         export(trained, out, Options("ensemble"), progress=False)
     export(trained, out, Options("ensemble"), overwrite=True, progress=False)
     assert (out / "member-1").is_dir() and not (out / "adapter_model.safetensors").exists()
-    (out / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"replaces exports only, and this folder has no manifest\.json"):
-        export(trained, out, Options(), overwrite=True, progress=False)
+    for others in ('{"name": "a web page"}', "[]", "no JSON"):
+        (out / "manifest.json").write_text(others)
+        with pytest.raises(UserError, match=r"replaces exports only, and this folder has no manifest\.json of one"):
+            export(trained, out, Options(), overwrite=True, progress=False)
+        assert (out / "member-1").is_dir()
     with pytest.raises(UserError, match="holds the adapter itself"):
         export(trained, trained, Options(), overwrite=True, progress=False)
 

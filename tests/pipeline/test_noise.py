@@ -10,11 +10,12 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from rich.console import Console
 from training_support import random_rows, write_rows
 from transformers import AutoModelForCausalLM
 
+from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.errors import UserError
 from pipeline.noise.report import in_words, plot, print_noise
 from pipeline.noise.run import BreakEven, Effort, measure_noise
@@ -64,9 +65,21 @@ def test_measures_a_saved_adapter_and_says_what_it_found(recipe: Recipe, small_b
     assert "from infinitely many examples per micro-batch on (95 % interval 30 to" in in_words(drowned)[0]
 
 
-def test_refusals(recipe: Recipe, tmp_path: Path) -> None:
+def test_refusals(recipe: Recipe, small_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no adapter here"):
         measure_noise(recipe, tmp_path, SMALL, print)
+    folder = tmp_path / "adapter"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(small_base), LoraConfig(r=2, target_modules=["q_proj"]))
+    other = settings_of(recipe.adapter.model_copy(update={"alpha": 3.0}), seed=0)
+    folder.mkdir()
+    save_adapter(model, get_peft_model_state_dict(model), other, folder)
+    with pytest.raises(UserError, match=r"adapter\.alpha: trained with 3\.0"):
+        measure_noise(recipe, folder, SMALL, print)
+    (folder / "lora_dropout.json").unlink()
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match="truncated"):
+        measure_noise(recipe, folder, SMALL, print)
     plain = recipe.adapter.model_copy(update={"dropout": recipe.adapter.dropout.model_copy(update={"rate": 0.0})})
     with pytest.raises(UserError, match=r"adapter\.dropout\.rate: found 0"):
         measure_noise(recipe.model_copy(update={"adapter": plain}), None, SMALL, print)
