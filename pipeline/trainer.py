@@ -12,16 +12,17 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.adapter.adalora import RankAllocation, orthogonality_loss
 from pipeline.adapter.config import lora_config
 from pipeline.adapter.dropout import recipe_dropout
-from pipeline.data.packing import RowCollator, copied_batch, packed_rows, single_rows
+from pipeline.data.packing import RowCollator, check_apart, copied_batch, packed_rows, single_rows
 from pipeline.distributed import FirstStepCallback, register_adapter_weights
 from pipeline.lora_dropout import example_coordinates, instance_coordinates
-from pipeline.preflight.numbers import Execution
+from pipeline.preflight.numbers import Execution, flat
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
 from pipeline.step_norms import StepNorms
@@ -61,8 +62,11 @@ class LoraDropoutTrainer(SFTTrainer):
             execution: how instances run; None, as the recipe says, and ``auto`` is batched.
 
         Raises:
-            UserError: an adapted layer that cannot be masked; a rate for a module without an adapter.
+            UserError: an adapted layer that cannot be masked; a rate for a module without an adapter; examples that are
+                to share a row and would see each other (not checked under ZeRO-3, whose shards cannot run yet).
         """
+        if flat(recipe) and not is_deepspeed_zero3_enabled():
+            check_apart(model)
         super().__init__(
             model=model,
             args=arguments,

@@ -11,10 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 from trl.trainer.utils import add_fused_lm_head
 
-from pipeline.data.packing import RowCollator, copied_batch, packed_rows, single_rows
+from pipeline.data.packing import RowCollator, check_apart, copied_batch, packed_rows, single_rows
+from pipeline.errors import UserError
 from pipeline.lora_dropout import LoraDropout, example_coordinates
 
 WORDS = 64
@@ -134,3 +145,17 @@ def test_packed_equals_padded(base: Any, attention: str, per_example: bool) -> N
             assert difference <= 1e-5, (name, difference)
     leaking, _ = loss_and_gradients(model, packed, 2, per_example, drop=("position_ids",))
     assert (leaking - padded[0]).abs() > 1e-2  # the tolerance tells a leak
+
+
+def test_models_whose_examples_would_see_each_other_are_refused() -> None:
+    """They have position_ids, and make no mask of them."""
+    for attention in ("sdpa", "eager"):
+        for base in (llama, gpt2):
+            model = base(attention).train()
+            check_apart(model)
+            assert model.training
+    small = {"vocab_size": WORDS, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    opt = OPTForCausalLM(OPTConfig(**small, ffn_dim=40, max_position_embeddings=64, word_embed_proj_dim=24))
+    for model in (opt, FalconForCausalLM(FalconConfig(**small))):
+        with pytest.raises(UserError, match=rf"in a {type(model).__name__} .* see each other, .*\nSet both to false"):
+            check_apart(model)
