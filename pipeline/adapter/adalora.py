@@ -35,13 +35,12 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pipeline.adapter.config import freeze_rank_numbers
+from pipeline.adapter.config import ADAPTER_NAME, freeze_rank_numbers
 from pipeline.errors import UserError
 from pipeline.processes import is_main
 from pipeline.recipe import schema
 
 STATE_FILE = "adalora.safetensors"
-ADAPTER_NAME = "default"
 _KINDS = ("lora_A", "lora_E", "lora_B")
 
 

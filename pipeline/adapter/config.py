@@ -14,6 +14,9 @@ from pipeline.errors import UserError
 from pipeline.lora_dropout import folded_alpha
 from pipeline.recipe import schema
 
+ADAPTER_NAME = "default"
+"""peft's own, where none is given."""
+
 _TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
     "lora": (nn.Linear, Conv1D, nn.Embedding),
     "adalora": (nn.Linear, Conv1D),

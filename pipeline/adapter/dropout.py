@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from peft import PeftModel
 
+from pipeline.adapter.config import ADAPTER_NAME
 from pipeline.errors import UserError
 from pipeline.lora_dropout import LoraDropout
 from pipeline.lora_dropout.attach import masked_layers
 from pipeline.lora_dropout.rates import Rates
 from pipeline.recipe import Recipe
-
-ADAPTER_NAME = "default"
 
 
 def recipe_dropout(model: PeftModel, recipe: Recipe) -> LoraDropout | None:

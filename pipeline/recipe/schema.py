@@ -110,14 +110,21 @@ class Dropout(Section):
                     "a rate that changes needs rescale: true, since without it the mean adapter would change with it",
                 )
             )
+        if self.initial_rate and not self.masked:
+            problems.append(
+                (
+                    ("initial_rate", "rate"),
+                    "a rate that ends at 0 leaves no masks for the ensemble, which has the last rate: give a small one",
+                )
+            )
         if problems:
             raise Contradiction(*problems)
         return self
 
     @property
     def masked(self) -> bool:
-        """Whether any layer is ever masked."""
-        return max(self.rate, self.initial_rate or 0.0, *self.rate_pattern.values(), 0.0) > 0
+        """Whether any layer is masked."""
+        return max(self.rate, *self.rate_pattern.values(), 0.0) > 0
 
 
 class AdaLora(Section):
