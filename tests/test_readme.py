@@ -39,6 +39,8 @@ COMMANDS = {
     "python launch/export.py outputs/pocket": "as the command below, which does more",
     "python launch/export.py outputs/pocket --form merged": "--output {runs}/merged --max-shard-size 5MB",
     "python launch/export.py outputs/pocket --form ensemble --instances 8": "as the command in test_export_command.py",
+    "python launch/benchmark.py --shape width-1024 --layers 4 --tokens 64": "as the command in test_benchmark.py",
+    "python launch/noise.py recipes/pocket/pocket.yaml": "as the command in test_noise.py",
     "python launch/schema.py": "",
 }
 
