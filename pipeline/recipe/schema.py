@@ -103,6 +103,10 @@ class Dropout(Section):
                     "set adapter.dropout.instances to 1",
                 )
             )
+        if self.balanced and self.instances == 1:
+            problems.append(
+                (("balanced", "instances"), "one instance has nothing to be balanced with: set instances to 2 or more")
+            )
         if self.initial_rate is not None and not self.rescale:
             problems.append(
                 (

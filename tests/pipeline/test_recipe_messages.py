@@ -126,6 +126,7 @@ def test_override(tmp_path: Path, override: str, expected: str) -> None:
         (["distributed.offload=optimizer", "distributed.zero=0"], "needs distributed.zero 1, 2 or 3, found 0"),
         (["adapter.dropout={rate: 0, instances: 4}"], "at rate 0 all 4 instances are the same model"),
         (["adapter.dropout={rate: 0, initial_rate: 0.5}"], "a rate that ends at 0 leaves no masks for the ensemble"),
+        (["adapter.dropout={balanced: true}"], "one instance has nothing to be balanced with"),
         (["adapter.dropout={initial_rate: 0.1, rescale: false}"], "a rate that changes needs rescale: true"),
         (["base={model: a, attention: flash_attention_2, dtype: float32}"], "computes in 16 bit only"),
     ],
