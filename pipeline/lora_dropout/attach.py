@@ -19,7 +19,7 @@ from pipeline.lora_dropout.embedding import MaskedEmbedding
 from pipeline.lora_dropout.experts import MaskedExperts
 from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer, Runs
 from pipeline.lora_dropout.linear import MaskedLinear
-from pipeline.lora_dropout.masks import Coordinate, feature_words, kept, packed, padded, threshold
+from pipeline.lora_dropout.masks import Coordinate, check_coordinates, feature_words, kept, packed, padded, threshold
 from pipeline.lora_dropout.rates import Rates
 from pipeline.lora_dropout.svd import MaskedSVD, MaskedSVDConvolution
 
@@ -124,11 +124,14 @@ class LoraDropout:
 
     Between ``with`` blocks the model runs peft's stock code, bit for bit. Inside one, each group of rows sees its
     own mask. Nothing is registered on the model: its state dict, its parameters and its saved adapter stay stock.
+    Forward and backward belong inside: under activation checkpointing, the recomputation in backward needs the masks.
 
         dropout = LoraDropout(model, rate=0.5, seed=42)
         with dropout.masks("train", [(step, micro_batch, n) for n in range(4)]):
             loss = model(**four_copies_of_the_batch).loss
             loss.backward()
+
+    For an ensemble, :meth:`members`; call ``model.eval()`` first, since the base may have dropout of its own.
 
     With ``rescale`` (the default of the recipe) masks are scaled by 1/(1-p), so that the mean of ``B_hat A_hat`` is
     ``BA``. Equation 2 verbatim, without the scale, is the same model at ``alpha * (1-p)**2``: see
@@ -155,7 +158,7 @@ class LoraDropout:
             initial_rate: rate at the start of training, where it changes: see :class:`Rates`.
 
         Raises:
-            ValueError: see :func:`masked_layers`; a rate outside [0, 1); a pattern that names no layer.
+            ValueError: see :func:`masked_layers`; a rate that is no number in [0, 1); a pattern that names no layer.
         """
         self.rates = Rates(rate, dict(rate_pattern or {}), initial_rate)
         self.seed = seed
@@ -163,7 +166,11 @@ class LoraDropout:
         self.layers = masked_layers(model, adapter_name)
         unused = self.rates.unused(self.layers)
         if unused:
-            raise ValueError(f"rate_pattern: {', '.join(unused)} names no layer of this adapter")
+            endings = sorted({name.rpartition(".")[2] for name in self.layers})
+            raise ValueError(
+                f"rate_pattern: {', '.join(map(repr, unused))} names no layer of this adapter; "
+                f"their names end in {', '.join(endings)}"
+            )
         self._words: torch.Tensor | None = None
         self._active = False
 
@@ -197,13 +204,16 @@ class LoraDropout:
             progress: share of the training that is done, for a rate that changes.
 
         Raises:
-            RuntimeError: entered inside another one, of this handle or of another one on the adapter.
-            ValueError: several masks for a layer that can only have one; the adapter is merged, disabled or not active.
+            RuntimeError: entered inside another one, of this handle or of another one on the adapter; on leaving, the
+                adapter was merged or disabled inside, or another one made active.
+            TypeError: a coordinate that is no tuple of integers.
+            ValueError: several masks for a layer that can only have one; the adapter is merged, disabled or not active;
+                see :meth:`layer_masks`.
         """
         if self._active:
             raise RuntimeError("LoraDropout.masks() is already active on this adapter; leave it first")
-        self._check_layers(len(coordinates))
         masks = self.layer_masks(purpose, coordinates, rows=rows, lengths=lengths, balanced=balanced, progress=progress)
+        self._check_layers(len(coordinates))
         self._active = True
         try:
             for name, layer in self.layers.items():
@@ -213,6 +223,12 @@ class LoraDropout:
             for layer in self.layers.values():
                 layer.detach()
             self._active = False
+        try:
+            self._check_reached()
+        except ValueError as error:
+            raise RuntimeError(
+                f"{error}. It happened while masks were active; what ran since ran without them"
+            ) from error
 
     def members(self, numbers: Iterable[int], balanced: int | None = None) -> AbstractContextManager[None]:
         """Masks of the ensemble members with these numbers (equation 8); rows are member-major.
@@ -220,7 +236,12 @@ class LoraDropout:
         Args:
             numbers: of the members.
             balanced: N, for members 0 to N-1 that keep each feature about (1-p) N times between them.
+
+        Raises:
+            TypeError: one number for the numbers; and see :meth:`masks`.
         """
+        if not isinstance(numbers, Iterable):
+            raise TypeError(f"members: give numbers, e.g. range(8), found {numbers!r}")
         return self.masks("ensemble", [(number,) for number in numbers], balanced=balanced)
 
     def layer_masks(
@@ -236,8 +257,11 @@ class LoraDropout:
         """Masks of every layer at these coordinates, by canonical name; arguments as for :meth:`masks`.
 
         Raises:
-            ValueError: no coordinates; another number of lengths; balanced, and a coordinate outside the set.
+            TypeError: a coordinate that is no tuple of integers.
+            ValueError: no coordinates; another number of lengths; balanced, and a coordinate outside the set or no set;
+                progress outside 0 to 1.
         """
+        check_coordinates(coordinates)
         if lengths is not None and len(lengths) != len(coordinates):
             raise ValueError(f"{len(lengths)} lengths for {len(coordinates)} masks: give the tokens of each mask's run")
         words = self._feature_words()
@@ -262,8 +286,8 @@ class LoraDropout:
             for (name, layer), rate in zip(self.layers.items(), rates, strict=True)
         }
 
-    def _check_layers(self, groups: int) -> None:
-        """Refuse masks that a layer would not heed, or could not tell apart."""
+    def _check_reached(self) -> None:
+        """Refuse masks that would change nothing in a layer, with ``ValueError``."""
         for name, masked in self.layers.items():
             if masked.layer.merged:
                 raise ValueError(
@@ -276,6 +300,11 @@ class LoraDropout:
                 )
             if masked.layer.disable_adapters:
                 raise ValueError(f"{name}: adapters are disabled and masks would change nothing; enable them first")
+
+    def _check_layers(self, groups: int) -> None:
+        """Refuse masks that a layer would not heed, or could not tell apart."""
+        self._check_reached()
+        for name, masked in self.layers.items():
             if masked.occupied():
                 raise RuntimeError(
                     f"{name}: the adapter {self.adapter_name!r} already has masks, of another LoraDropout, or another "

@@ -11,10 +11,10 @@ positions. Cost: one more tensor of the size of the input; the product with m_B 
 from __future__ import annotations
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer
+from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer, MaskedVariant
 
 
 def channel_mask(kept: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -36,11 +36,8 @@ def check_batch(masks: LayerMasks, x: torch.Tensor, kernel: tuple[int, ...]) -> 
     masks.check_rows(x)
 
 
-class MaskedConvolutionVariant(LoraVariant):
-    """Attached to a layer only while masks are active; detached, peft's stock code runs."""
-
-    def __init__(self, masks: LayerMasks) -> None:
-        self.masks = masks
+class MaskedConvolutionVariant(MaskedVariant):
+    """A convolution's masked pass."""
 
     def forward(  # type: ignore[override]  # peft declares a static method and calls it on the instance
         self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: object

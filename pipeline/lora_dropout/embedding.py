@@ -8,17 +8,14 @@ features. A group's mask is looked up at the tokens' ids: nothing of the size of
 from __future__ import annotations
 
 import torch
-from peft.tuners.lora.layer import Embedding, LoraVariant
+from peft.tuners.lora.layer import Embedding
 
-from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer
+from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer, MaskedVariant
 from pipeline.lora_dropout.linear import added, compute_dtype, masked_rows
 
 
-class MaskedEmbeddingVariant(LoraVariant):
-    """Attached to a layer only while masks are active; detached, peft's stock code runs."""
-
-    def __init__(self, masks: LayerMasks) -> None:
-        self.masks = masks
+class MaskedEmbeddingVariant(MaskedVariant):
+    """An embedding's masked pass."""
 
     def forward(  # type: ignore[override]  # peft declares a static method and calls it on the instance
         self, module: Embedding, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: object

@@ -7,12 +7,12 @@ Every expert is a layer of its own, with its own m_A and m_B.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 
-from pipeline.lora_dropout.layer_masks import LayerMasks
+from pipeline.lora_dropout.layer_masks import LayerMasks, refuse_merging
 from pipeline.lora_dropout.swapped import SwappedLayer
 
 # Legend: E experts, r rank.
@@ -27,6 +27,10 @@ class MaskedParamWrapper(ParamWrapper):
     """Class of the layer while masks are active."""
 
     masks: dict[str, LayerMasks]
+
+    def merge(self, *args: object, **kwargs: object) -> NoReturn:
+        """Refused."""
+        refuse_merging(next(iter(self.masks.values())).layer)
 
     def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Stock factors ``(E, ., r)`` and ``(E, r, .)``, masked; peft's way for one adapter on several experts."""

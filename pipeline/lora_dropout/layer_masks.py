@@ -6,9 +6,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
 
 from pipeline.lora_dropout.masks import picked, unpacked
 
@@ -136,6 +137,29 @@ class LayerMasks:
                 f"found {tokens} tokens"
             )
         return None if self.runs.equal else self.runs
+
+
+def refuse_merging(name: str) -> NoReturn:
+    """A merge under masks would not be the one that a later ``unmerge_adapter()`` takes back: the base would change."""
+    raise RuntimeError(f"{name}: cannot be merged while masks are active; leave LoraDropout.masks() first")
+
+
+class MaskedVariant(LoraVariant):
+    """Attached to a layer only while masks are active; detached, peft's stock code runs.
+
+    peft declares static methods and calls them on the instance.
+    """
+
+    def __init__(self, masks: LayerMasks) -> None:
+        self.masks = masks
+
+    def merge_safe(self, *args: object) -> NoReturn:  # type: ignore[override]
+        """Refused."""
+        refuse_merging(self.masks.layer)
+
+    def merge_unsafe(self, *args: object) -> NoReturn:  # type: ignore[override]
+        """Refused; peft's own does nothing and counts the adapter as merged."""
+        refuse_merging(self.masks.layer)
 
 
 class MaskedLayer(ABC):

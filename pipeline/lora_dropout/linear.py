@@ -10,10 +10,10 @@ Legend: G groups (masks), S tokens of one group, r rank.
 from __future__ import annotations
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer
 from torch.nn import functional as F
 
-from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer, Runs
+from pipeline.lora_dropout.layer_masks import LayerMasks, MaskedLayer, MaskedVariant, Runs
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -119,11 +119,8 @@ def updated(
     return added(result, hidden, masked_b, runs)
 
 
-class MaskedLinearVariant(LoraVariant):
-    """Attached to a layer only while masks are active; detached, peft's stock code runs."""
-
-    def __init__(self, masks: LayerMasks) -> None:
-        self.masks = masks
+class MaskedLinearVariant(MaskedVariant):
+    """A linear layer's masked pass."""
 
     def forward(  # type: ignore[override]  # peft declares a static method and calls it on the instance
         self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: object

@@ -83,6 +83,17 @@ def coordinate_key(seed: int, purpose: str, coordinate: Coordinate) -> int:
     return hashed_word(int(index(seed)), purpose, tuple(int(index(number)) for number in coordinate))
 
 
+def check_coordinates(coordinates: Sequence[Coordinate]) -> None:
+    """Refuse coordinates that are not a sequence of tuples, with ``TypeError``; or empty, with ``ValueError``."""
+    if not isinstance(coordinates, Sequence):
+        raise TypeError(f"coordinates are a list of tuples, e.g. [(step, row)], found {coordinates!r}")
+    if not coordinates:
+        raise ValueError("no coordinates: give one for each mask")
+    for coordinate in coordinates:
+        if not isinstance(coordinate, tuple):
+            raise TypeError(f"coordinates are tuples, e.g. (step, row), found {coordinate!r}")
+
+
 def threshold(rate: float) -> int:
     """Largest int32 that means *kept*: of 2**32 equally likely numbers, (1-p) 2**32 are at most that; at least 1 is."""
     return max(round((1.0 - rate) * 2**32), 1) - 1 - _HALF_RANGE
@@ -111,11 +122,13 @@ def kept(
         ``(G, F)`` bool, True with probability 1-p (to 2**-32).
 
     Raises:
-        ValueError: no coordinates; balanced, and a coordinate's last number is not below N.
+        TypeError: a coordinate that is no tuple of integers.
+        ValueError: no coordinates; balanced over no masks, or a coordinate's last number is not below N.
     """
-    if not coordinates:
-        raise ValueError("no coordinates: give one for each mask")
+    check_coordinates(coordinates)
     if balanced is not None:
+        if balanced < 1:
+            raise ValueError(f"balanced: at least 1, the number of masks, found {balanced}")
         each = torch.as_tensor(thresholds, dtype=torch.int32, device=words.device).expand(2 * len(words))
         size = max(1, _MOST_WORDS // balanced)
         pieces = zip(words.split(size), each.split(2 * size), strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 from peft.utils.other import get_pattern_key
 
@@ -21,11 +22,15 @@ class Rates:
     """At the start of training, of every layer; it moves linearly to the layer's own at the end. None: constant."""
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for a rate outside [0, 1) and for a pattern that is no regular expression."""
-        given = {"rate": self.rate, **self.pattern, **({} if self.initial is None else {"initial": self.initial})}
-        for name, rate in given.items():
-            if not 0.0 <= rate < 1.0:
-                raise ValueError(f"the dropout rate is a probability below 1, found {rate} for {name!r}")
+        """Raise ``ValueError`` for a rate that is no number in [0, 1) and a pattern that is no regular expression."""
+        given = [("rate", self.rate), *self.pattern.items()]
+        if self.initial is not None:
+            given.append(("initial", self.initial))
+        for name, rate in given:
+            if not isinstance(rate, Real) or not 0.0 <= rate < 1.0:
+                raise ValueError(
+                    f"the dropout rate is a probability, a number at least 0 and below 1, found {rate!r} for {name!r}"
+                )
         for pattern in self.pattern:
             try:
                 re.compile(pattern)
@@ -33,11 +38,17 @@ class Rates:
                 raise ValueError(f"rate_pattern: {pattern!r} is no regular expression: {error}") from error
 
     def of(self, name: str, progress: float = 1.0) -> float:
-        """The rate of a layer when ``progress`` (0 to 1) of the training is done; the ensemble's is that at the end."""
+        """The rate of a layer when ``progress`` of the training is done; the ensemble's is that at the end.
+
+        Raises:
+            ValueError: ``progress`` outside 0 to 1.
+        """
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"progress: the share of the training that is done, 0 to 1, found {progress}")
         final = self.pattern.get(get_pattern_key(list(self.pattern), name), self.rate)
         if self.initial is None:
             return final
-        return self.initial + (final - self.initial) * min(max(progress, 0.0), 1.0)
+        return self.initial + (final - self.initial) * progress
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """Patterns that name no layer."""

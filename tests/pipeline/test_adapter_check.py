@@ -185,7 +185,7 @@ def test_modules_that_the_base_has_not(saved: tuple[Path, schema.Base], adapter:
 
 def test_an_ensemble_that_cannot_be_masked_is_told(saved: tuple[Path, schema.Base], adapter: Path) -> None:
     masks = settings_of(recipe(**dropout(rate_pattern={"k_prj": 0.1})).adapter, 7)
-    with pytest.raises(UserError, match=r"has no ensemble over masks: rate_pattern: k_prj names no layer"):
+    with pytest.raises(UserError, match=r"has no ensemble over masks: rate_pattern: 'k_prj' names no layer"):
         check_adapter(saved[1], adapter, masks)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -49,7 +50,7 @@ def test_layers_of_one_name_are_refused() -> None:
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
 def test_a_rate_outside_0_to_1_is_refused(rate: float) -> None:
-    with pytest.raises(ValueError, match=f"probability below 1, found {rate}"):
+    with pytest.raises(ValueError, match=f"at least 0 and below 1, found {rate} for 'rate'"):
         LoraDropout(linear(), rate, seed=0)
 
 
@@ -231,9 +232,83 @@ def test_a_disabled_adapter_is_refused() -> None:
 
 
 ADALORA = AdaLoraConfig(init_r=2, target_r=1, total_step=10, target_modules=["layer"])
+OTHER_ADALORA = AdaLoraConfig(init_r=2, target_r=1, total_step=10, target_modules=["layer"], inference_mode=True)
 
 
-@pytest.mark.parametrize("config", [LoraConfig(r=2, target_modules=["layer"]), ADALORA], ids=["lora", "adalora"])
+KINDS = pytest.mark.parametrize("config", [LoraConfig(r=2, target_modules=["layer"]), ADALORA], ids=["lora", "adalora"])
+
+
+@KINDS
+def test_an_adapter_disabled_or_changed_under_masks_is_told_on_leaving(config: PeftConfig) -> None:
+    model = adapted(nn.Linear(4, 4), config, torch.float32)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["layer"]) if config is not ADALORA else OTHER_ADALORA)
+    dropout = LoraDropout(model, 0.5, seed=0)
+    x = torch.randn(2, 4)
+    stock = model(x)
+    after = "It happened while masks were active; what ran since ran without them"
+    with (
+        pytest.raises(RuntimeError, match=f"layer: the adapter 'default' is not .*{after}"),
+        dropout.members([0]),
+    ):
+        model.set_adapter("other")
+    model.set_adapter("default")
+    assert torch.equal(model(x), stock)
+    with pytest.raises(RuntimeError, match=f"layer: adapters are disabled.*{after}"), dropout.members([0]):
+        model.base_model.disable_adapter_layers()
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(model(x), stock)
+    with dropout.members([0]):  # no masks were left behind; and what is undone before the end is as it was
+        with model.disable_adapter():
+            model(x)
+        assert not torch.equal(model(x), stock)
+
+
+def test_an_exception_under_masks_is_not_replaced() -> None:
+    model = linear()
+    with pytest.raises(ZeroDivisionError), LoraDropout(model, 0.5, seed=0).members([0]):
+        model.base_model.disable_adapter_layers()
+        raise ZeroDivisionError
+
+
+def test_adalora_merged_under_masks_is_told_on_leaving() -> None:
+    model = adapted(nn.Linear(4, 4), ADALORA, torch.float32)
+    weight = model.base_model.model.layer.base_layer.weight
+    before = weight.detach().clone()
+    message = "layer: an adapter is merged into its weight.*while masks were active"
+    with pytest.raises(RuntimeError, match=message), LoraDropout(model, 0.5, seed=0).members([0]):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    torch.testing.assert_close(weight, before)
+
+
+EXPERT = LoraConfig(r=2, target_modules=[], target_parameters=["layer.weight"])
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "config"),
+    [
+        (lambda: nn.Linear(4, 4), LoraConfig(r=2, target_modules=["layer"])),
+        (lambda: nn.Embedding(4, 4), LoraConfig(r=2, target_modules=["layer"])),
+        (lambda: nn.Conv1d(4, 4, 1), LoraConfig(r=2, target_modules=["layer"])),
+        (lambda: Experts(3, 4, 4, is_transposed=False), EXPERT),
+    ],
+    ids=["linear", "embedding", "convolution", "experts"],
+)
+def test_a_merge_under_masks_is_refused_and_changes_nothing(
+    layer: Callable[[], nn.Module], config: PeftConfig, safe: bool
+) -> None:
+    """peft would count the adapter as merged, and unmerging would take from the base what was never added."""
+    model = adapted(layer(), config, torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dropout = LoraDropout(model, 0.5, seed=0)
+    with dropout.members([0]), pytest.raises(RuntimeError, match=r"layer\S*: cannot be merged while masks are active"):
+        model.merge_adapter(safe_merge=safe)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.merge_adapter(safe_merge=safe)
+
+
+@KINDS
 def test_a_second_handle_cannot_take_the_masks_away(config: PeftConfig) -> None:
     """Its own end would leave the first one's rest without masks."""
     model = adapted(nn.Linear(4, 4), config, torch.float32)

@@ -160,16 +160,50 @@ def test_rates_by_pattern_and_over_time(progress: float) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rate": 0.5, "rate_pattern": {"q_proj": 1.0}}, "probability below 1, found 1.0 for 'q_proj'"),
-        ({"rate": float("nan")}, "probability below 1, found nan for 'rate'"),
-        ({"rate": 0.5, "initial_rate": -0.1}, "probability below 1, found -0.1 for 'initial'"),
-        ({"rate": 0.5, "rate_pattern": {"q_prj": 0.1}}, "rate_pattern: q_prj names no layer of this adapter"),
+        ({"rate": 0.5, "rate_pattern": {"q_proj": 1.0}}, "at least 0 and below 1, found 1.0 for 'q_proj'"),
+        ({"rate": float("nan")}, "at least 0 and below 1, found nan for 'rate'"),
+        ({"rate": 0.5, "initial_rate": -0.1}, "at least 0 and below 1, found -0.1 for 'initial'"),
+        ({"rate": "0.5"}, "a number at least 0 and below 1, found '0.5' for 'rate'"),
+        ({"rate": 0.5, "rate_pattern": {"q_proj": "low"}}, "a number at least 0 and below 1, found 'low' for 'q_proj'"),
+        (
+            {"rate": 0.5, "rate_pattern": {"q_prj": 0.1, "up_proj": 0.2, "up": 0.3}},
+            "rate_pattern: 'q_prj', 'up' names no layer of this adapter; their names end in "
+            "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj$",
+        ),
         ({"rate": 0.5, "rate_pattern": {"*proj": 0.1}}, r"rate_pattern: '\*proj' is no regular expression: nothing"),
     ],
 )
 def test_wrong_rates_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoraDropout(small_model(), seed=0, **arguments)
+
+
+@pytest.mark.parametrize("progress", [-0.01, 1.01, float("nan")])
+def test_progress_is_a_share(progress: float) -> None:
+    with pytest.raises(ValueError, match=f"progress: the share .* 0 to 1, found {progress}"):
+        LoraDropout(small_model(["q_proj"]), 0.5, seed=0).layer_masks("train", [(0,)], progress=progress)
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "balanced", "kind", "message"),
+    [
+        ([0, 1], None, TypeError, r"coordinates are tuples, e\.g\. \(step, row\), found 0"),
+        ([0, 1], 2, TypeError, r"coordinates are tuples, e\.g\. \(step, row\), found 0"),
+        (8, None, TypeError, r"coordinates are a list of tuples, e\.g\. \[\(step, row\)\], found 8"),
+        ([(0,)], 0, ValueError, "balanced: at least 1, the number of masks, found 0"),
+    ],
+)
+def test_what_is_no_coordinate_is_told(
+    coordinates: list[tuple[int, ...]], balanced: int | None, kind: type[Exception], message: str
+) -> None:
+    dropout = LoraDropout(small_model(["q_proj"]), 0.5, seed=0)
+    with pytest.raises(kind, match=message), dropout.masks("train", coordinates, balanced=balanced):
+        pass
+
+
+def test_one_number_is_no_ensemble() -> None:
+    with pytest.raises(TypeError, match=r"members: give numbers, e\.g\. range\(8\), found 8"):
+        LoraDropout(small_model(["q_proj"]), 0.5, seed=0).members(8)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod."])
