@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
@@ -49,6 +49,7 @@ def llama7b() -> ModelShape:
     return model_shape(LlamaConfig(), recipe())
 
 
+@settings(deadline=None)
 @given(free=st.floats(0.1, 100), total=st.floats(1, 2), rows=st.integers(1, 16), instances=st.integers(2, 8))
 def test_auto_is_batched_where_that_fits(
     llama7b: ModelShape, free: float, total: float, rows: int, instances: int
