@@ -66,15 +66,6 @@ class MaskedConvolution(MaskedLayer):
 
     layer: LoraLayer
 
-    def features(self) -> tuple[int, int]:
-        """Input and output channels."""
-        assert self.layer.in_features is not None and self.layer.out_features is not None
-        return self.layer.in_features, self.layer.out_features
-
-    def device(self) -> torch.device:
-        """Of A."""
-        return self.layer.lora_A[self.adapter_name].get_parameter("weight").device
-
     def attach(self, masks: LayerMasks) -> None:
         """Put the masked pass in place of peft's."""
         refuse_packed_rows(masks)

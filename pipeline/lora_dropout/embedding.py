@@ -43,11 +43,6 @@ class MaskedEmbedding(MaskedLayer):
 
     layer: Embedding
 
-    def features(self) -> tuple[int, int]:
-        """Vocabulary entries and embedding width."""
-        assert self.layer.in_features is not None and self.layer.out_features is not None
-        return self.layer.in_features, self.layer.out_features
-
     def device(self) -> torch.device:
         """Of A."""
         return self.layer.lora_embedding_A[self.adapter_name].device

@@ -65,13 +65,9 @@ class MaskedExperts(SwappedLayer):
     classes: ClassVar[dict[type, type]] = {ParamWrapper: MaskedParamWrapper}
 
     def features(self) -> tuple[int, int]:
-        """Of all experts together, one expert after another; of the layer's own record, see ``MaskedLinear``."""
-        assert self.layer.in_features is not None and self.layer.out_features is not None
-        return self.layer.num_experts * self.layer.in_features, self.layer.num_experts * self.layer.out_features
-
-    def device(self) -> torch.device:
-        """Of A."""
-        return self.layer.lora_A[self.adapter_name].get_parameter("weight").device
+        """Of all experts together, one expert after another."""
+        features_in, features_out = super().features()
+        return self.layer.num_experts * features_in, self.layer.num_experts * features_out
 
     def member_weights(self, masks: LayerMasks) -> dict[str, torch.Tensor]:
         """A_hat ``(E r, in)``, expert by expert, and B_hat ``(out, r E)``, experts fastest, as peft keeps them."""

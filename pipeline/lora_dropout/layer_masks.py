@@ -182,13 +182,14 @@ class MaskedLayer(ABC):
         if _IN_LIST_OF_EXPERTS.search(name):
             self.one_group = "an expert sees only the tokens sent to it and cannot know which rows they are from"
 
-    @abstractmethod
     def features(self) -> tuple[int, int]:
-        """Features masked on A's side and on B's."""
+        """Features masked on A's side and on B's, by the layer's own record: its weight may be a shard under ZeRO-3."""
+        assert self.layer.in_features is not None and self.layer.out_features is not None
+        return self.layer.in_features, self.layer.out_features
 
-    @abstractmethod
     def device(self) -> torch.device:
         """Of the adapter's weights, where the masks must be."""
+        return self.layer.lora_A[self.adapter_name].get_parameter("weight").device
 
     def occupied(self) -> bool:
         """Whether something is in the place of the masked pass: another handle's masks, or another variant."""

@@ -147,15 +147,6 @@ class MaskedLinear(MaskedLayer):
 
     layer: LoraLayer
 
-    def features(self) -> tuple[int, int]:
-        """Input and output features, of the layer's own record: its weight may be a shard under ZeRO-3."""
-        assert self.layer.in_features is not None and self.layer.out_features is not None
-        return self.layer.in_features, self.layer.out_features
-
-    def device(self) -> torch.device:
-        """Of A."""
-        return self.layer.lora_A[self.adapter_name].get_parameter("weight").device
-
     def attach(self, masks: LayerMasks) -> None:
         """Put the masked pass in place of peft's."""
         self.layer.lora_variant[self.adapter_name] = MaskedLinearVariant(masks)

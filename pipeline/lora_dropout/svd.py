@@ -105,11 +105,6 @@ class MaskedSVD(SwappedLayer):
     layer: AdaLoraLayer
     classes: ClassVar[dict[type, type]] = {SVDLinear: MaskedSVDLinear}
 
-    def features(self) -> tuple[int, int]:
-        """Input and output features, or channels."""
-        assert self.layer.in_features is not None and self.layer.out_features is not None
-        return self.layer.in_features, self.layer.out_features
-
     def device(self) -> torch.device:
         """Of Q."""
         return self.layer.lora_A.get_parameter(self.adapter_name).device
