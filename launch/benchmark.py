@@ -27,6 +27,7 @@ import typer
 from launch.command import run_command
 from pipeline.benchmark.variants import DEFAULT_VARIANTS
 from pipeline.errors import UserError
+from pipeline.screen import PICTURES, check_output_file, progress
 
 
 def recipe_and_overrides(words: list[str], shape: str | None) -> tuple[Path, list[str]]:
@@ -65,8 +66,8 @@ def benchmark(
     plot: Annotated[Path | None, typer.Option(help="Draw it there: .svg, .png or .pdf.")] = None,
 ) -> None:
     """Time and memory of LoRA Dropout's variants on RECIPE's settings, as ratios to plain LoRA."""
-    if plot is not None and plot.suffix not in (".svg", ".png", ".pdf"):
-        raise UserError(f"--plot: found {plot.name!r}, expected a name that ends in .svg, .png or .pdf")
+    check_output_file("--json", json_file)
+    check_output_file("--plot", plot, PICTURES)
     recipe_file, overrides = recipe_and_overrides(words or [], shape)
     from pipeline.environment import prepare_environment
 
@@ -87,8 +88,8 @@ def benchmark(
 
     disable_progress_bar()
     settings = Settings(variants, shape, layers, tokens, level == "layer", rounds, warmup, seed)
-    with Console(stderr=True).status("starting") as status:
-        result = run(recipe, settings, status.update)
+    with progress(Console(stderr=True)) as tell:
+        result = run(recipe, settings, tell)
     print_result(result)
     if json_file is not None:
         write_json(json_file, result.as_dict())

@@ -16,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # python puts launch/ fi
 import typer
 
 from launch.command import run_command
+from pipeline.screen import PICTURES, check_output_file, progress
 
 
 def noise(
@@ -33,9 +34,13 @@ def noise(
     grid_examples: Annotated[int, typer.Option(min=2, help="Examples of each grid.")] = 32,
     grid_masks: Annotated[int, typer.Option(min=2, help="Masks of each grid.")] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them (.svg, .png).")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw them: .svg, .png or .pdf.")
+    ] = None,
 ) -> None:
     """Measure the variance components of RECIPE's gradient, and the noise of each way to sample masks."""
+    check_output_file("--json", json_file)
+    check_output_file("--plot", plot_file, PICTURES)
     from pipeline.environment import prepare_environment
 
     prepare_environment()
@@ -51,10 +56,9 @@ def noise(
 
     effort = Effort(grids, grid_examples, grid_masks, examples, repeats)
     disable_progress_bar()
-    progress = Console(stderr=True)
-    with progress.status("loading") as status:
-        found = measure_noise(recipe, adapter, effort, status.update)
-    print_noise(found, Console(soft_wrap=True))
+    with progress(Console(stderr=True)) as tell:
+        found = measure_noise(recipe, adapter, effort, tell)
+    print_noise(found, Console(width=max(Console().width, 100), soft_wrap=True))  # no table breaks its cells
     if json_file:
         json_file.write_text(json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
     if plot_file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.benchmark.statistics import Timing
+from pipeline.benchmark.statistics import Timing, interval_name
 from pipeline.benchmark.variants import REFERENCE, Variant
 
 SCHEMA = 1
@@ -46,6 +46,11 @@ class Result:
         """Stock peft LoRA without dropout."""
         return self.rows[0]
 
+    @property
+    def interval_name(self) -> str:
+        """What ``ratio_interval`` is: see :func:`pipeline.benchmark.statistics.interval_name`."""
+        return interval_name(len(self.reference.whole.seconds))
+
     def seconds(self, row: Row) -> float:
         """Of the recipe's whole run under a variant; accumulation repeats forward and backward, not the rest."""
         assert self.training is not None
@@ -57,6 +62,7 @@ class Result:
         return {
             "schema": SCHEMA,
             "reference": REFERENCE,
+            "ratio_interval_is": self.interval_name,
             "conditions": self.conditions,
             "training": self.training,
             "variants": [
@@ -76,28 +82,45 @@ class Result:
 
 
 def plain_words(result: Result) -> list[str]:
-    """What it costs, in sentences."""
-    reference = result.reference
-    phase = list(reference.phases)[-1]
-    what = {"step": "a training step", "forward+backward": "forward and backward of the layer"}[phase]
+    """A sentence for each question: what one mask per example costs, what N instances cost, how long it takes."""
+    rows = [row for row in result.rows if not row.variant.stock]
+    example = [row for row in rows if row.variant.dropout.sampling == "example"][:1]
+    instances = [row for row in rows if row.variant.dropout.sampling == "instance" and row.variant.copies > 1]
+    batched = [row for row in instances if row.variant.copies_at_once > 1]
+    sequential = [row for row in instances if row.variant.copies_at_once == 1]
     words = []
-    for row in result.rows[1:]:
+    for row in example:
         low, high = row.whole.ratio_interval
-        memory = row.peak_bytes / reference.peak_bytes
-        words.append(
-            f"{row.variant.label}: {what} takes {row.whole.ratio:.2f} times as long as plain LoRA's "
-            f"(95 % interval {low:.2f} to {high:.2f}) and {memory:.2f} times the memory."
-        )
-    if result.training is None and phase == "step":
-        found = result.conditions
-        times = ", ".join(
-            f"{_duration(1000 * row.whole.median / found['rows'])} with {row.variant.name}" for row in result.rows
-        )
-        words.append(f"1,000 examples of {found['tokens_per_row']:.0f} tokens would take {times}, on this machine.")
+        interval = f" ({result.interval_name} {low:.2f} to {high:.2f})"
+        words.append(f"{row.variant.label}: {_cost(result, example, interval)}.")
+    for name, group in (("batched", batched), ("sequential", sequential)):
+        if group:
+            copies = ", ".join(str(row.variant.copies) for row in group)
+            words.append(f"instance, N = {copies}, {name}: {_cost(result, group)}.")
+    duration = _how_long(result, [result.reference, *example, *(batched or sequential)])
+    return [*words, duration] if duration else words
+
+
+def _cost(result: Result, rows: list[Row], interval: str = "") -> str:
+    """Time and memory of one or more variants, as multiples of plain LoRA's."""
+    time = ", ".join(f"{row.whole.ratio:.2f}" for row in rows)
+    memory = ", ".join(f"{row.peak_bytes / result.reference.peak_bytes:.2f}" for row in rows)
+    return f"{time} times plain LoRA's time{interval}, {memory} times its memory"
+
+
+def _how_long(result: Result, rows: list[Row]) -> str | None:
+    """The recipe's run, or 1,000 random rows; None for a single layer."""
+    found = result.conditions
     if result.training is not None:
-        times = ", ".join(f"{_duration(result.seconds(row))} with {row.variant.name}" for row in result.rows)
-        words.append(f"The recipe's {result.training['steps']:,.0f} steps would take {times}, on this machine.")
-    return words
+        what = f"The recipe's {result.training['steps']:,.0f} steps"
+        seconds = [result.seconds(row) for row in rows]
+    elif "step" in result.reference.phases:
+        what = f"1,000 examples of {found['tokens_per_row']:.0f} tokens"
+        seconds = [1000 * row.whole.median / found["rows"] for row in rows]
+    else:
+        return None
+    times = ", ".join(f"{_duration(took)} ({row.variant.name})" for took, row in zip(seconds, rows, strict=True))
+    return f"{what} would take here {times}."
 
 
 def _duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -28,35 +29,32 @@ def _timed(timing: Timing) -> str:
 
 def _ratio(row: Row) -> Text:
     low, high = row.whole.ratio_interval
-    return Text(f"{row.whole.ratio:.2f}", style="bold") + Text(f"  {low:.2f} to {high:.2f}", style="dim")
+    return Text(f"{row.whole.ratio:.2f}", style="bold") + Text(f" {low:.2f} to {high:.2f}", style="dim")
 
 
 def table(result: Result) -> RenderableType:
-    """One row per variant, ratios to plain LoRA side by side."""
+    """One row per variant, at most 120 columns; ratios of the other phases than the last are in the JSON alone."""
     phases = list(result.reference.phases)
     grid = Table(box=None, pad_edge=False, header_style="dim")
     grid.add_column("variant", no_wrap=True)
     for phase in phases:
-        grid.add_column(phase, justify="right", no_wrap=True)
-    for phase in phases[:-1]:
-        grid.add_column(f"ratio, {phase}", justify="right", no_wrap=True)
-    grid.add_column(f"ratio, {phases[-1]} (95 %)", justify="right", no_wrap=True)
+        grid.add_column(phase.replace("forward+", "+ "), justify="right", no_wrap=True)
+    grid.add_column(f"ratio, {result.interval_name}", justify="right", no_wrap=True)
     grid.add_column("tokens/s", justify="right", no_wrap=True)
-    grid.add_column("peak memory", justify="right", no_wrap=True)
+    grid.add_column("memory", justify="right", no_wrap=True)
     for row in result.rows:
         grid.add_row(
             row.variant.label,
             *(_timed(timing) for timing in row.phases.values()),
-            *(f"{row.phases[phase].ratio:.2f}" for phase in phases[:-1]),
             _ratio(row),
             f"{row.tokens_per_second:,.0f}",
             in_words(row.peak_bytes),
         )
-    return Group(Text(in_one_line(result)), Text(), grid, Text(), *(Text(line) for line in plain_words(result)))
+    return Group(Text(in_two_lines(result)), Text(), grid, Text(), *(Text(line) for line in plain_words(result)))
 
 
-def in_one_line(result: Result) -> str:
-    """What was measured, under which conditions."""
+def in_two_lines(result: Result) -> str:
+    """What was measured, and how."""
     found = result.conditions
     layers = "" if found["level"] == "layer" else f", {found['layers']} layers"
     recompute = (
@@ -64,10 +62,12 @@ def in_one_line(result: Result) -> str:
         if found["level"] == "layer"
         else (", activation checkpointing" if found["activation_checkpointing"] else ", no activation checkpointing")
     )
+    ranges = ", range: least to most" if result.interval_name == "range" else ""
+    threads = f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}"
     return (
         f"{found['model']}{layers}, {found['quantization']} base, {found['dtype']}, rank {found['rank']}, "
-        f"{found['rows']} rows x {found['tokens_per_row']:.0f} tokens{recompute}; {found['device']}, "
-        f"{found['threads']} threads; {found['rounds']} interleaved rounds, medians ± half the quartiles' distance"
+        f"{found['rows']} rows x {found['tokens_per_row']:.0f} tokens{recompute}\n{found['device']}, "
+        f"{threads}; {found['rounds']} interleaved rounds, medians ± half the quartiles' distance{ranges}"
     )
 
 
@@ -79,9 +79,11 @@ def print_result(result: Result) -> None:
 def draw(result: Result, file: Path) -> None:
     """Ratios with their intervals as dots on a line, peak memory beside them; the file's suffix decides the format."""
     rows = result.rows[::-1]
-    figure = Figure(figsize=(8.4, 1.5 + 0.36 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8.6, 1.5 + 0.36 * len(rows)), layout=ConstrainedLayoutEngine(w_pad=0.12))
     time, memory = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     phase = list(result.reference.phases)[-1]
+    largest = max(row.peak_bytes for row in rows)
+    unit, unit_bytes = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
     for place, row in enumerate(rows):
         colour = STOCK if row.variant.stock else OURS
         low, high = row.whole.ratio_interval
@@ -96,10 +98,10 @@ def draw(result: Result, file: Path) -> None:
             fontsize=8.5,
             color=INK,
         )
-        size = row.peak_bytes / 2**30
+        size = row.peak_bytes / unit_bytes
         memory.barh(place, size, height=0.55, color=colour)
         memory.annotate(
-            in_words(row.peak_bytes),
+            f"{size:.2f}" if size < 10 else f"{size:.0f}",
             (size, place),
             xytext=(4, 0),
             textcoords="offset points",
@@ -111,12 +113,12 @@ def draw(result: Result, file: Path) -> None:
     time.set_yticks(range(len(rows)), [row.variant.label for row in rows])
     time.set_xlim(0, 1.12 * max(row.whole.ratio_interval[1] for row in rows))
     what = "a training step" if phase == "step" else phase
-    time.set_xlabel(f"time of {what} / plain LoRA's, 95 % interval", fontsize=9)
-    memory.set_xlim(0, 1.35 * max(row.peak_bytes for row in rows) / 2**30)
-    memory.set_xlabel("peak memory, GiB", fontsize=9)
+    time.set_xlabel(f"time of {what} / plain LoRA's, {result.interval_name}", fontsize=9)
+    memory.set_xlim(0, 1.35 * largest / unit_bytes)
+    memory.set_xlabel(f"peak memory, {unit}", fontsize=9)
     for axes in (time, memory):
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.tick_params(labelsize=9)
-    figure.suptitle(in_one_line(result).replace("; ", "\n", 1), fontsize=8.5, color=INK, x=0.01, ha="left")
+    figure.suptitle(in_two_lines(result), fontsize=8.5, color=INK, x=0.01, ha="left")
     figure.savefig(file, dpi=160)

@@ -8,6 +8,9 @@ import numpy as np
 
 RESAMPLES = 2000
 """Bootstrap resamples of an interval."""
+ENOUGH = 6
+"""Rounds from which there is a 95 % interval: even from the least to the most of 5 ratios, the median of the
+distribution that they come from is missed with probability 2 x 2^-5 = 6 %."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,12 @@ class Timing:
     ratio: float
     """Median over rounds of the seconds divided by the reference's in the same round."""
     ratio_interval: tuple[float, float]
-    """95 % bootstrap interval of the ratio, over rounds."""
+    """As :func:`interval_name` says, over rounds."""
+
+
+def interval_name(rounds: int) -> str:
+    """What a ratio's interval is: a bootstrap's; with few rounds, the least and the most of them."""
+    return "95 % interval" if rounds >= ENOUGH else "range"
 
 
 def timing(seconds: list[float], reference: list[float], seed: int) -> Timing:
@@ -34,8 +42,7 @@ def timing(seconds: list[float], reference: list[float], seed: int) -> Timing:
         seed: of the bootstrap.
     """
     ratios = np.array(seconds) / np.array(reference)
-    draws = np.random.default_rng(seed).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
+    low, high = _interval(ratios, seed)
     first, third = np.quantile(seconds, [0.25, 0.75])
     return Timing(
         seconds=seconds,
@@ -44,3 +51,11 @@ def timing(seconds: list[float], reference: list[float], seed: int) -> Timing:
         ratio=float(np.median(ratios)),
         ratio_interval=(float(low), float(high)),
     )
+
+
+def _interval(ratios: np.ndarray, seed: int) -> np.ndarray:
+    """Least and most of few, else a 95 % bootstrap interval of the median: ``(2,)``."""
+    if len(ratios) < ENOUGH:
+        return np.array([ratios.min(), ratios.max()])
+    draws = np.random.default_rng(seed).integers(len(ratios), size=(RESAMPLES, len(ratios)))
+    return np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])

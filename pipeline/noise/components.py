@@ -254,7 +254,8 @@ class AdapterGradient:
         """Remember.
 
         Args:
-            model: its forward takes ``labels`` and ``num_items_in_batch``, as transformers' causal models do.
+            model: its forward takes ``labels`` and ``num_items_in_batch``, as transformers' causal models do; a
+                parameter without elements (AdaLoRA left its layer no rank) is none.
             dropout: the masks of its adapter.
             collate: from row numbers to padded tensors ``(B, T)`` on the model's device, labels among them.
             mean_trained_tokens: per row of the data.
@@ -263,7 +264,7 @@ class AdapterGradient:
         self.dropout = dropout
         self.collate = collate
         self.mean_trained_tokens = mean_trained_tokens
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = [p for p in model.parameters() if p.requires_grad and p.numel()]
 
     def __call__(self, draw: Draw) -> torch.Tensor:
         """``(D,)`` float32."""

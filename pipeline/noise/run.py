@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.adapter.check import check_adapter, check_settings
-from pipeline.adapter.config import check_target_modules, lora_config
+from pipeline.adapter.config import check_target_modules, freeze_rank_numbers, lora_config
 from pipeline.adapter.dropout import recipe_dropout
 from pipeline.adapter.files import load_adapter, read_settings
 from pipeline.base import load_base, load_tokenizer
@@ -85,6 +85,8 @@ class Noise:
     recipe: str
     adapter: str
     rate: float
+    rates: tuple[float, float]
+    """Least and most of the layers'."""
     rows: int
     parameters: int
     examples: Estimate
@@ -133,6 +135,8 @@ def measure_noise(recipe: Recipe, adapter: Path | None, effort: Effort, tell: Ca
         effort: how much is computed.
         tell: takes a line about progress.
 
+    AdaLoRA's orthogonality term is left out: it is the same for all examples and masks.
+
     Raises:
         UserError: the recipe masks nothing; the adapter does not load, or was trained with other settings; a layer that
             has one mask for all rows.
@@ -140,6 +144,7 @@ def measure_noise(recipe: Recipe, adapter: Path | None, effort: Effort, tell: Ca
     if adapter is not None:
         check_settings(read_settings(adapter), recipe, adapter)
         check_adapter(recipe.base, adapter)
+    tell("loading")
     tokenizer = load_tokenizer(recipe.base)
     rows = load_splits(recipe, tokenizer).train
     torch.manual_seed(recipe.seed)
@@ -155,7 +160,8 @@ def measure_noise(recipe: Recipe, adapter: Path | None, effort: Effort, tell: Ca
         )
     trained = [sum(label != -100 for label in labels[1:]) for labels in rows["labels"]]
     collate = _collator(rows["input_ids"], rows["labels"], tokenizer, model.device)
-    gradient = AdapterGradient(model, dropout, collate, float(np.mean(trained)))
+    bare = model.get_base_model()  # with the adapter's layers, without the forward that adds AdaLoRA's term
+    gradient = AdapterGradient(bare, dropout, collate, float(np.mean(trained)))
     chance = random.Random(recipe.seed)
 
     def draw_rows(count: int) -> Sequence[int]:
@@ -164,18 +170,21 @@ def measure_noise(recipe: Recipe, adapter: Path | None, effort: Effort, tell: Ca
     grids = []
     for found in grid_components(gradient, draw_rows, effort.grids, effort.grid_examples, effort.grid_masks):
         grids.append(found)
-        tell(f"grid {len(grids)}/{effort.grids}")
+        tell(f"grid {len(grids)} of {effort.grids}")
     parts = [averaged([getattr(grid, name) for grid in grids]) for name in ("examples", "masks", "interaction")]
     means = Components(*(part.value for part in parts))
     comparisons: dict[Setting, Comparison] = {}
     equal_examples, equal_compute = settings(effort)
-    for setting in dict.fromkeys([*equal_examples, *equal_compute]):
+    wanted = list(dict.fromkeys([*equal_examples, *equal_compute]))
+    for number, setting in enumerate(wanted, start=1):
         comparisons[setting] = _comparison(gradient, draw_rows, setting, grids, effort.repeats)
-        tell(f"{setting.name}, B = {setting.examples}")
+        tell(f"steps {number} of {len(wanted)}: {setting.name}, B = {setting.examples}")
+    rates = [dropout.rates.of(name) for name in dropout.layers]
     return Noise(
         recipe=recipe.name,
         adapter=str(adapter) if adapter else "as initialised",
         rate=dropout.rate,
+        rates=(min(rates), max(rates)),
         rows=len(trained),
         parameters=sum(parameter.numel() for parameter in gradient.parameters),
         examples=parts[0],
@@ -202,11 +211,13 @@ def _adapted(recipe: Recipe, adapter: Path | None) -> PeftModel:
     check_target_modules(base, recipe.adapter)
     if adapter is None:
         base.requires_grad_(False)
-        return get_peft_model(base, lora_config(recipe.adapter)).eval()
-    model = load_adapter(base, adapter)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:  # load_adapter is for inference
-            parameter.requires_grad_(True)
+        model: PeftModel = get_peft_model(base, lora_config(recipe.adapter)).eval()
+    else:
+        model = load_adapter(base, adapter)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:  # load_adapter is for inference
+                parameter.requires_grad_(True)
+    freeze_rank_numbers(model)
     return model
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from pipeline.benchmark.measure import memory_rise
 from pipeline.benchmark.random_base import random_base
 from pipeline.benchmark.shapes import shape_config
-from pipeline.benchmark.statistics import timing
+from pipeline.benchmark.statistics import interval_name, timing
 from pipeline.benchmark.trainers import frozen_bytes, with_shared_weights
 from pipeline.benchmark.variants import parse_variants
 from pipeline.errors import UserError
@@ -56,9 +56,18 @@ def test_table_json_and_plot_of_training_steps(repository: Path, tmp_path: Path)
         assert row["peak_bytes"] > found["conditions"]["base_bytes"]
     sizes = {row["name"]: row["peak_bytes"] for row in found["variants"]}
     assert sizes["instance-2"] > sizes["instance-2-sequential"]
-    assert len(found["words"]) >= len(VARIANTS) - 1
+    assert [line.partition(":")[0] for line in found["words"][:3]] == [
+        "example, N = 1",
+        "instance, N = 2, batched",
+        "instance, N = 2, sequential",
+    ]
+    assert "times plain LoRA's time (range" in found["words"][0] and found["ratio_interval_is"] == "range"
+    assert found["words"][3].startswith("1,000 examples of 12 tokens would take here") and len(found["words"]) == 4
     assert all(line in done.stdout for line in found["words"])
-    assert "times as long as plain LoRA's" in found["words"][0]
+    table = done.stdout[done.stdout.index("tiny, 2 layers") :]
+    assert "ratio, range" in table and "95 %" not in table
+    assert max(map(len, table.splitlines())) <= 120, table
+    assert "round 2 of 2" in done.stderr  # progress without a terminal
     assert found["conditions"]["activation_checkpointing"] is True  # trl's default, in every variant
     assert picture.read_text().lstrip().startswith("<?xml")
 
@@ -85,7 +94,8 @@ def test_one_layer_and_a_recipe_of_its_own(repository: Path, tmp_path: Path) -> 
         (["--shape", "tiny", "adapter.dropout.rate=0", "adapter.dropout.instances=1"], "needs a rate above 0"),
         (["--shape", "tiny", "--layers", "9"], "tiny has 2 layers"),
         (["--shape", "tiny", "base.quantization=int8"], "int8"),
-        (["--shape", "tiny", "--plot", "cost.gif"], "ends in .svg"),
+        (["--shape", "tiny", "--plot", "cost.gif"], "--plot: found 'cost.gif', expected a name that ends in .svg"),
+        (["--shape", "tiny", "--json", "/nowhere/x.json"], "--json: the folder /nowhere does not exist"),
         (["--shape", "tiny", "--tokens", "8000", "training.per_device_train_batch_size=99999"], "are needed"),
     ],
 )
@@ -153,6 +163,15 @@ def test_ratio_is_taken_within_rounds() -> None:
     found = timing([1.5 * seconds for seconds in reference], reference, seed=0)
     assert found.ratio == pytest.approx(1.5) and found.ratio_interval == pytest.approx((1.5, 1.5))
     assert found.median == 1.5
+
+
+def test_few_rounds_have_a_range_and_no_interval() -> None:
+    """Of five, a 95 % interval of the median would be wider than from the least to the most."""
+    ratios = [1.2, 0.9, 1.0, 1.5, 1.1, 1.1, 1.05, 1.0]
+    assert timing(ratios[:5], [1.0] * 5, seed=0).ratio_interval == (0.9, 1.5)
+    low, high = timing(ratios, [1.0] * 8, seed=0).ratio_interval
+    assert 0.9 <= low < 1.075 < high < 1.5
+    assert (interval_name(5), interval_name(6)) == ("range", "95 % interval")
 
 
 def test_variants_are_the_recipes_settings_in_each_mode() -> None:

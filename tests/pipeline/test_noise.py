@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from rich.console import Console
+from safetensors.torch import load_file
 from training_support import random_rows, write_rows
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapter.files import save_adapter, settings_of
+from pipeline.adapter.config import lora_config
+from pipeline.adapter.files import save_adapter, settings_of, without_false_warnings
 from pipeline.errors import UserError
-from pipeline.noise.report import in_words, plot, print_noise
-from pipeline.noise.run import BreakEven, Effort, measure_noise
+from pipeline.noise.components import Estimate, Setting
+from pipeline.noise.report import BELOW_ZERO, in_words, plot, print_noise, title
+from pipeline.noise.run import BreakEven, Comparison, Effort, Noise, measure_noise
 from pipeline.recipe import Recipe, load_recipe
 
 RECIPE = """
@@ -51,18 +54,94 @@ def test_measures_a_saved_adapter_and_says_what_it_found(recipe: Recipe, small_b
     assert {one.setting.passes for one in found.equal_compute} == {8}
     assert all(one.measured.value > 0 for one in [*found.equal_examples, *found.equal_compute])
     assert [one.predicted is None for one in found.equal_examples] == [name.startswith("balanced") for name in names]
-    assert "grid 2/2" in said and "example n = 4, B = 2" in said
+    assert "grid 2 of 2" in said and "steps 7 of 11: example n = 4, B = 2" in said
     written = json.loads(json.dumps(found.to_json()))
     assert written["equal_compute"][0]["setting"] == {"sampling": "instance", "instances": 1, "examples": 8}
 
     screen = StringIO()
     print_noise(found, Console(file=screen, width=160, no_color=True))
     assert "interaction, V_xm" in screen.getvalue() and "equal compute, 8 rows" in screen.getvalue()
+    assert title(found).startswith(f"noisy, adapter {tmp_path / 'adapter'}, p = 0.5, ")
+    assert title(replace(found, rates=(0.1, 0.3))).split(", ")[2:4] == ["p = 0.1 to 0.3", "by layer"]
     plot(found, tmp_path / "noise.svg")
-    assert "</svg>" in (tmp_path / "noise.svg").read_text()
+    drawn = (tmp_path / "noise.svg").read_text()
+    assert all(words in drawn for words in ("N masks for all", "n masks per example", "reaches below 0"))
     drowned = replace(found, break_even={4: BreakEven(float("inf"), 30.0, float("inf"))})
     assert drowned.to_json()["break_even"] == {4: {"examples": None, "low": 30.0, "high": None}}
-    assert "from infinitely many examples per micro-batch on (95 % interval 30 to" in in_words(drowned)[0]
+    assert "at no batch size, per micro-batch (95 % interval 30 to no batch size)" in in_words(drowned)[0]
+
+
+def test_overlaps_and_negative_estimates_are_told(recipe: Recipe) -> None:
+    def measured(place: int, low: float, value: float, high: float) -> Comparison:
+        return Comparison(Setting("instance", place, 4), None, Estimate(value, 1.0, low, high))
+
+    separated = [measured(1, 1.0, 2.0, 3.0), measured(2, 4.0, 5.0, 6.0)]
+    near = [*separated, measured(4, -0.5, 2.5, 5.0)]
+    parts = Estimate(8.0, 1.0, 6.0, 10.0), Estimate(-0.01, 0.1, -0.2, 0.2), Estimate(2.0, 0.1, 1.8, 2.2)
+    found = Noise("r", "as initialised", 0.1, (0.1, 0.1), 9, 7, *parts, {}, near, separated, SMALL)
+    compute, examples = in_words(found)
+    assert compute == (
+        "At equal compute the quietest measured is instance N = 1, B = 4; "
+        "the noisiest, instance N = 2, has 2.50 times its variance."
+    )
+    assert "instance N = 1, B = 4, not separated from instance N = 4 (intervals overlap);" in examples
+    screen = StringIO()
+    print_noise(found, Console(file=screen, width=100, no_color=True))
+    assert screen.getvalue().startswith("r, adapter as initialised, p = 0.1, 7 parameters\n")
+    assert screen.getvalue().count(BELOW_ZERO) == 1 and " 0 % " in screen.getvalue() and "-0 %" not in screen.getvalue()
+
+
+def test_adalora_saved_and_as_initialised(recipe: Recipe, small_base: Path, tmp_path: Path) -> None:
+    """Ranks that training left, a layer without any among them; the rank numbers are no parameters."""
+    adapter = recipe.adapter.model_copy(update={"method": "adalora"})
+    own = recipe.model_copy(update={"adapter": adapter})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(small_base), lora_config(adapter))
+    parameters = [name for name, _ in model.named_parameters() if "lora_E" in name]
+    names = [name.removeprefix("base_model.model.").removesuffix(".default") for name in parameters]
+    config, rank = model.peft_config["default"], adapter.initial_rank
+    left = [0, *[1] * (len(names) - 1)]
+    config.rank_pattern = {
+        name: [place < kept for place in range(rank)] for name, kept in zip(names, left, strict=True)
+    }
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    whole = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    with without_false_warnings():
+        save_adapter(model, get_peft_model_state_dict(model), settings_of(adapter, seed=0), folder)
+
+    with pytest.raises(UserError, match=r"adapter\.method: trained with adalora, the recipe has lora"):
+        measure_noise(recipe, folder, SMALL, print)
+    assert measure_noise(own, None, SMALL, print).parameters == whole
+    found = measure_noise(own, folder, SMALL, print)
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert found.parameters == sum(tensor.numel() for tensor in stored.values()) < whole
+    assert all(one.measured.value > 0 for one in found.equal_examples)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--plot", "x.gif"], "--plot: found 'x.gif', expected a name that ends in .svg, .png or .pdf"),
+        (["--json", "/nowhere/x.json"], "--json: the folder /nowhere does not exist"),
+        (["--json", "/tmp"], "--json: /tmp is a folder"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_first(
+    arguments: list[str],
+    expected: str,
+    repository: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(repository), *sys.path])  # the command replaces the first
+    monkeypatch.setattr(sys, "argv", ["noise.py", "no-such-recipe.yaml", *arguments])
+    from launch.command import run_command
+    from launch.noise import noise
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(noise)
+    assert ended.value.code == 2
+    assert expected in " ".join(capsys.readouterr().err.split())
 
 
 def test_refusals(recipe: Recipe, small_base: Path, tmp_path: Path) -> None:
