@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.processes import is_main, rank
 
 BAD_INPUT = 2
+INTERRUPTED = 130
 
 
 def _print_error(message: str) -> None:

@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # python puts launch/ fi
 
 import typer
 
-from launch.command import run_command
+from launch.command import INTERRUPTED, run_command
 
 
 def export(
@@ -57,7 +57,11 @@ def export(
     if push_to_hub is not None:
         check_push(push_to_hub)
     options = Options(form, base, instances, balanced, dtype, max_shard_size)
-    folder = run(adapter, output or default_folder(adapter, form), options, overwrite)
+    try:
+        folder = run(adapter, output or default_folder(adapter, form), options, overwrite)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
     print(f"{form} export written to {folder}")
     if push_to_hub is not None:
         print(f"uploaded to {push_folder(folder, push_to_hub, private)}")

@@ -38,7 +38,17 @@ def schema(
     from pipeline.environment import prepare_environment
 
     prepare_environment()
-    output.write_text(schema_text())
+    from pipeline.errors import UserError
+
+    try:
+        with output.open("a"):  # before trl is loaded
+            pass
+        output.write_text(schema_text())
+    except OSError as error:
+        raise UserError(
+            f"--output: {output} cannot be written: {error.strerror}.\n"
+            "Name a file in a folder that exists and in which you may write."
+        ) from error
     print(f"wrote {output}")
 
 

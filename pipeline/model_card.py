@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from pipeline.recipe import Recipe, recipe_to_yaml
+from pipeline.recipe import Recipe, recipe_to_yaml, schema
 
 
 def write_model_card(recipe: Recipe, record: dict[str, Any], history: list[dict[str, Any]], folder: Path) -> None:
@@ -58,12 +59,32 @@ def _save(text: str, base_model: str, library: str, folder: Path) -> None:
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
 
+def rates_in_words(rate: float, pattern: Mapping[str, float], initial: float | None = None) -> str:
+    """The rates of LoRA Dropout as Markdown: ``rate 0.5 (`q_proj` 0.2)``."""
+    others = ", ".join(f"`{name}` {other:g}" for name, other in pattern.items())
+    start = "" if initial is None else f", moved linearly from {initial:g} at the first step"
+    return f"rate {rate:g}" + (f" (rate_pattern: {others})" if others else "") + start
+
+
+def _kind_and_rank(adapter: schema.Adapter) -> tuple[str, str]:
+    """``A LoRA``, ``rank 8``, and what other kinds are called."""
+    if adapter.method == "adalora":
+        return (
+            "An AdaLoRA",
+            f"rank {adapter.rank} on average over its layers, allocated from {adapter.initial_rank} in each",
+        )
+    if adapter.rank_stabilized:
+        return "A rank-stabilized LoRA (rsLoRA, scaled by alpha over the root of the rank)", f"rank {adapter.rank}"
+    return "A LoRA", f"rank {adapter.rank}"
+
+
 def _text(recipe: Recipe, record: dict[str, Any], history: list[dict[str, Any]], words: str) -> str:
     dropout, adapter = recipe.adapter.dropout, recipe.adapter
-    kind = {"lora": "A LoRA", "adalora": "An AdaLoRA"}[adapter.method]
+    kind, rank = _kind_and_rank(adapter)
+    rates = rates_in_words(dropout.rate, dropout.rate_pattern, dropout.initial_rate)
     method = (
-        f"LoRA Dropout (arXiv 2404.09610): rate {dropout.rate}, {dropout.instances} instance(s) per "
-        f"{dropout.sampling}, rescale {str(dropout.rescale).lower()}"
+        f"LoRA Dropout (arXiv 2404.09610): {rates}, {dropout.instances} instance(s) per {dropout.sampling}, "
+        f"rescale {str(dropout.rescale).lower()}"
         if dropout.masked
         else "no LoRA Dropout"
     )
@@ -79,7 +100,7 @@ def _text(recipe: Recipe, record: dict[str, Any], history: list[dict[str, Any]],
     base = Path(recipe.base.model).name if Path(recipe.base.model).exists() else recipe.base.model
     return f"""# {recipe.name}
 
-{kind} adapter for `{base}` ({recipe.base.quantization}, {recipe.base.dtype}), rank {adapter.rank}, alpha
+{kind} adapter for `{base}` ({recipe.base.quantization}, {recipe.base.dtype}), {rank}, alpha
 {adapter.alpha:g}, trained with {method}.
 
 {losses}

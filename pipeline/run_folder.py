@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,35 @@ def run_folder(recipe: Recipe) -> Path:
     return Path(recipe.output).expanduser() / recipe.name
 
 
+def check_writable(key: str, folder: Path) -> None:
+    """Refuse a folder that could not be made, filled or replaced; tried with a file that is gone again.
+
+    Args:
+        key: option, or key of the recipe, that names it.
+        folder: need not exist.
+
+    Raises:
+        UserError: names the folder that takes no file, and the system's reason.
+    """
+    asked = place = folder.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+        if place == asked:
+            place = asked.parent
+            with tempfile.TemporaryFile(dir=place):
+                pass
+    except OSError as error:
+        # /proc is there, but says that a file in it is not
+        reason = "takes no files" if isinstance(error, FileNotFoundError) else error.strerror
+        raise UserError(
+            f"{key}: {folder} cannot be written: {place}: {reason}.\n"
+            f"Choose a folder in which you may write, with another {key}."
+        ) from error
+
+
 def check_run_folder(recipe: Recipe, overwrite: bool) -> None:
     """Refuse a folder that holds something else, before any work.
 
@@ -35,9 +65,10 @@ def check_run_folder(recipe: Recipe, overwrite: bool) -> None:
         overwrite: another run there may be deleted.
 
     Raises:
-        UserError: the folder holds a run and ``overwrite`` is not set, or files that are no run.
+        UserError: the folder cannot be written; it holds a run and ``overwrite`` is not set, or files that are no run.
     """
     folder = run_folder(recipe)
+    check_writable("output", folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:

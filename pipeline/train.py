@@ -21,6 +21,7 @@ from pipeline.distributed import adapter_weights, check_launch, zero_stage
 from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.interrupt import InterruptCallback
+from pipeline.lora_dropout import LoraDropout
 from pipeline.model_card import write_model_card
 from pipeline.preflight.execution import Choice, execution_in_force
 from pipeline.preflight.numbers import model_shape
@@ -126,7 +127,6 @@ def _announce(trainer: LoraDropoutTrainer, splits: Splits, choice: Choice) -> No
     arguments = trainer.args
     trained, total = trainer.adapted.get_nb_trainable_parameters()
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    layers = len(trainer.dropout.layers) if trainer.dropout else 0
     assert isinstance(trainer.train_dataset, Dataset)
     packed_rows = len(trainer.train_dataset)
     packed = f", packed into {packed_rows:,} rows" if packed_rows < len(splits.train) else ""
@@ -139,11 +139,23 @@ def _announce(trainer: LoraDropoutTrainer, splits: Splits, choice: Choice) -> No
     print(
         f"{len(splits.train):,} training rows ({splits.statistics.trained_tokens:,} trained tokens{packed}), "
         f"{len(splits.validation) if splits.validation else 0:,} validation rows\n"
-        f"{trained:,} trained of {total:,} parameters; LoRA Dropout on {layers} layers\n"
+        f"{trained:,} trained of {total:,} parameters; {masked_layers_in_words(trainer.dropout)}\n"
         f"{batch} {'packed rows' if packed else 'examples'} per step = {arguments.per_device_train_batch_size} rows "
         f"x {arguments.gradient_accumulation_steps} accumulation x {arguments.world_size} process(es)"
         + (f"; each as {trainer.copies} copies\ninstances: {choice.reason}" if trainer.copies > 1 else "")
     )
+
+
+def masked_layers_in_words(dropout: LoraDropout | None) -> str:
+    """On how many layers the masks drop anything, and with which rates: of all adapted ones, at the last step."""
+    if dropout is None:
+        return "no LoRA Dropout"
+    rates = [dropout.rates.of(name) for name in dropout.layers]
+    masked = sum(rate > 0 for rate in rates)
+    some = "" if masked == len(rates) else f" of {len(rates)}"
+    each = f"rate {rates[0]:g}" if len(set(rates)) == 1 else f"rates {min(rates):g} to {max(rates):g}"
+    start = "" if dropout.rates.initial is None else f", from {dropout.rates.initial:g} at the first step"
+    return f"LoRA Dropout on {masked}{some} layers, {each}{start}"
 
 
 def _write_results(trainer: LoraDropoutTrainer, recipe: Recipe, record: dict[str, Any], folder: Path) -> None:

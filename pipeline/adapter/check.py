@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
@@ -80,7 +81,7 @@ def _text(value: object) -> str:
 def why_unmasked(settings: AdapterSettings | None) -> str:
     """What is known of the training of an adapter that has no masks of its own."""
     if settings is None:
-        return f"comes without {SETTINGS_FILE}, so it was not trained with LoRA Dropout here"
+        return f"comes without {SETTINGS_FILE}, the record of a training with LoRA Dropout"
     return "was trained without LoRA Dropout (rate 0)"
 
 
@@ -101,9 +102,11 @@ def check_adapter(base: schema.Base, folder: Path, ensemble: AdapterSettings | N
         The adapter on :func:`pipeline.base.hollow_base`: its weights and its layers are real, the base's are zero.
 
     Raises:
-        UserError: the file is damaged or no safetensors file; tensors are missing, too many, or of other shapes.
+        UserError: the file is damaged or no safetensors file; numbers are not finite; tensors are missing, too many, or
+            of other shapes.
     """
     found = stored_shapes(folder)
+    check_finite(folder / WEIGHTS_FILE)
     config = read_peft_config(folder)
     hollow = hollow_base(base)
     try:
@@ -137,6 +140,23 @@ def stored_shapes(folder: Path) -> dict[str, Shape]:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{file}: {_damage(file, error)}") from error
+
+
+def check_finite(file: Path) -> None:
+    """Raise ``UserError`` for tensors with NaN or infinite values, which make every output NaN."""
+    with safe_open(file, framework="pt") as tensors:
+        broken = [
+            f"{name} ({int((~finite).sum()):,} of {finite.numel():,})"
+            for name in tensors.keys()  # noqa: SIM118
+            if not (finite := torch.isfinite(tensors.get_tensor(name).float())).all()
+        ]
+    if broken:
+        more = f", and {len(broken) - 4} more tensors" if len(broken) > 4 else ""
+        raise UserError(
+            f"{file}: NaN or infinite values in {', '.join(broken[:4])}{more}.\n"
+            "Expected finite numbers: the training diverged, or the file was damaged. Take an earlier checkpoint of "
+            "the run, or train again at a lower learning_rate."
+        )
 
 
 def _damage(file: Path, error: SafetensorError) -> str:

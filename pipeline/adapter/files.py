@@ -14,10 +14,12 @@ import torch
 from peft import PeftModel
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
+from pipeline.export.manifest import read_manifest
 from pipeline.lora_dropout import LoraDropout
 from pipeline.recipe import schema
 
@@ -26,6 +28,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 SETTINGS_FILE = "lora_dropout.json"
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+_RATE_PROBLEMS = ("greater_than_equal", "less_than", "float_type")
+"""pydantic's names for a number outside its limits, and for what is no number."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -98,9 +102,17 @@ def read_settings(folder: Path) -> AdapterSettings | None:
     try:
         return TypeAdapter(AdapterSettings).validate_json(file.read_bytes())
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors())
+        found = "; ".join(_setting_problem(problem) for problem in error.errors())
         expected = ", ".join(each.name for each in fields(AdapterSettings))
         raise UserError(f"{file}: cannot be read ({found}).\nExpected an object with {expected}.") from error
+
+
+def _setting_problem(problem: ErrorDetails) -> str:
+    """One of pydantic's findings: key, found, expected."""
+    key = ".".join(map(str, problem["loc"])) or "the file"
+    if key.split(".")[0] in ("rate", "rate_pattern") and problem["type"] in _RATE_PROBLEMS:
+        return f"{key}: found {problem['input']!r}, expected a number, at least 0 and below 1"
+    return f"{key}: {problem['msg']}"
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
@@ -129,12 +141,30 @@ def adapter_rank(config: Mapping[str, Any]) -> int:
 def check_adapter_folder(folder: Path) -> None:
     """Raise ``UserError`` unless the folder holds a peft adapter."""
     if not (folder / CONFIG_FILE).exists():
+        _refuse_export(folder)
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
         raise UserError(
             f"{folder}: no adapter here (found: {found or 'an empty folder'}).\n"
             f"Expected {CONFIG_FILE} and {WEIGHTS_FILE}: train first with launch/sft.py, or give the "
             "run's output folder."
         )
+
+
+def _refuse_export(folder: Path) -> None:
+    """Raise ``UserError`` for an export that is no adapter, and name the run that it was made from."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    source, form = manifest["source"], manifest["form"]
+    use = (
+        f"Its members are plain adapters, for peft and for servers: {folder / 'member-0'}, ..."
+        if form == "ensemble"
+        else "It is a whole model: transformers loads it by itself."
+    )
+    raise UserError(
+        f"{folder}: this is an export ({form}) of {source.get('name')}, not the adapter.\n"
+        f"Give the run itself: {source.get('folder')}. {use}"
+    )
 
 
 @contextmanager

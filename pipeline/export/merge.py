@@ -86,5 +86,9 @@ def merged_model(base: schema.Base, adapter: Path, dtype: str) -> PreTrainedMode
     adapted = load_adapter(load_base(plain, torch.device("cpu")), adapter)
     try:
         return adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # peft's, for weights that are not finite
-        raise UserError(f"{adapter}: cannot be merged in {dtype}: {error}") from error
+    except ValueError as error:  # peft's, for weights that are not finite; the adapter's own have been checked
+        raise UserError(
+            f"{adapter}: cannot be merged in {dtype}: the sum of a base's and an adapter's weight is no finite "
+            "number.\nMerge in a type of larger range (--dtype bfloat16 or float32); if that fails, too, the base is "
+            "damaged."
+        ) from error

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
@@ -35,16 +35,15 @@ from pipeline.adapter.files import (
 )
 from pipeline.base import DTYPES, load_tokenizer
 from pipeline.errors import UserError
+from pipeline.export.manifest import MANIFEST_FILE, Form, read_manifest
 from pipeline.export.members import MemberWriter
 from pipeline.export.merge import check_mergeable, check_shard_size, merge_type, merged_model
-from pipeline.model_card import write_export_card
+from pipeline.model_card import rates_in_words, write_export_card
 from pipeline.preflight.estimate import in_words
 from pipeline.provenance import git_state, now, versions, write_json
 from pipeline.recipe import Recipe, load_recipe, schema
-from pipeline.run_folder import PROVENANCE_FILE, RECIPE_FILE, read_history
+from pipeline.run_folder import PROVENANCE_FILE, RECIPE_FILE, check_writable, read_history
 
-Form = Literal["plain", "merged", "ensemble"]
-MANIFEST_FILE = "manifest.json"
 AVERAGES = {
     "logits": "at every token, the mean of the members' logits in float32, then one softmax",
     "probabilities": "at every token, the mean of the members' probabilities, each by its own softmax in float32",
@@ -146,7 +145,8 @@ def export(adapter: Path, folder: Path, options: Options, overwrite: bool = Fals
         check_mergeable(source.base, adapted)
         size = model_bytes(adapted, dtype)
         check_disk(folder, size)
-        console.print(f"Merging into {source.base.model} in {dtype}: {in_words(size)} of main memory and of disk")
+        said = f"Merging into {source.base.model} in {dtype}: {in_words(size)} of main memory and of disk"
+        console.print(said, soft_wrap=True, markup=False, highlight=False)
         with written_aside(folder) as part:
             write_merged(source, dtype, options.max_shard_size or "5GB", part)
     else:
@@ -183,15 +183,26 @@ def write_plain(source: Source, folder: Path) -> None:
     for file in source_files(source):
         shutil.copyfile(file, folder / file.name)
     folded = source.settings is not None and not source.settings.rescale and source.settings.masked
-    alpha = read_peft_config(source.folder).get("lora_alpha")
-    expectation = (
-        f"alpha is {alpha:g} = {source.settings.alpha:g} (1-p)^2: the mean of the masks is folded in"
-        if folded and source.settings is not None
-        else "the mean of the masks needs no folding"
-    )
-    write_json(folder / MANIFEST_FILE, {**manifest("plain", source), "expectation": expectation})
+    peft = read_peft_config(source.folder)
+    expectation = "the mean of the masks needs no folding"
+    if folded and source.settings is not None:
+        expectation = (
+            f"alpha is {peft['lora_alpha']:g} = {source.settings.alpha:g} (1-p)^2: the mean of the masks is folded in"
+        )
+        if peft.get("alpha_pattern"):
+            own = ", ".join(f"{alpha:g} for `{pattern}`" for pattern, alpha in peft["alpha_pattern"].items())
+            expectation += f"; layers of rate_pattern have another p, and so their own alpha in alpha_pattern: {own}"
+    details = {"peft_type": peft["peft_type"], "expectation": expectation}
+    kind = "A plain peft adapter"
+    if peft["peft_type"] == "ADALORA":
+        details["note"] = (
+            "it stays AdaLoRA, in the form P Lambda Q that it was trained in: peft loads it; servers of LoRA do not, "
+            "and take the members of its ensemble or the merged model"
+        )
+        kind += f" ({details['note']})"
+    write_json(folder / MANIFEST_FILE, {**manifest("plain", source), **details})
     words = (
-        'A plain peft adapter: `PeftModel.from_pretrained(base, "<this folder>")`; '
+        f'{kind}: `PeftModel.from_pretrained(base, "<this folder>")`; '
         f"{expectation}.\n`{SETTINGS_FILE}` and `{RECIPE_FILE}`, where present, serve the test-time ensemble of the "
         "project lora-dropout."
     )
@@ -245,8 +256,9 @@ def write_ensemble(
     write_json(folder / MANIFEST_FILE, {**common, "members": members})
     balanced = " They are balanced: an ensemble of all of them, no fewer." if ensemble.balanced else ""
     words = (
-        f"The {ensemble.instances} members of its test-time ensemble (equation 8), masks at rate {masks.rate:g} in "
-        f"their weights:\n`member-0` to `member-{ensemble.instances - 1}` are plain peft adapters, for stock peft "
+        f"The {ensemble.instances} members of its test-time ensemble (equation 8), masks at "
+        f"{rates_in_words(masks.rate, masks.rate_pattern)} in their weights:\n"
+        f"`member-0` to `member-{ensemble.instances - 1}` are plain peft adapters, for stock peft "
         '(`PeftModel.from_pretrained(base, "<this folder>/member-0")`) and for servers of several adapters.\n'
         f"The ensemble is their average: {AVERAGES[ensemble.average]}.{balanced}\n"
         "Where a server gives no logits, take a vote over the members' answers."
@@ -310,15 +322,17 @@ def check_output(folder: Path, adapter: Path, overwrite: bool) -> None:
     """Refuse a folder that holds something else.
 
     Raises:
-        UserError: it is the adapter's; it holds an export and ``overwrite`` is not set, or files that are no export.
+        UserError: it is the adapter's; it cannot be written; it holds an export and ``overwrite`` is not set, or files
+            that are no export.
     """
     if folder.resolve() in (adapter.resolve(), *adapter.resolve().parents):
         raise UserError(f"--output: {folder} holds the adapter itself; choose another folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output: {folder} is a file; choose a folder")
+    check_writable("--output", folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
-    ours = is_export(folder)
+    ours = read_manifest(folder) is not None
     if not overwrite:
         held = "an export" if ours else "files of something else"
         raise UserError(
@@ -330,15 +344,6 @@ def check_output(folder: Path, adapter: Path, overwrite: bool) -> None:
             f"{folder}: --overwrite replaces exports only, and this folder has no {MANIFEST_FILE} of one.\n"
             "Empty it yourself, or choose another place with --output."
         )
-
-
-def is_export(folder: Path) -> bool:
-    """Whether its manifest is one of ours: other programs' files have that name, too, and overwriting deletes."""
-    try:
-        found = json.loads((folder / MANIFEST_FILE).read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and found.get("form") in get_args(Form) and "source" in found
 
 
 def check_disk(folder: Path, size: int) -> None:

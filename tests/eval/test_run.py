@@ -181,7 +181,7 @@ def test_masks_at_test_time_only_are_warned_of(
     quick = with_eval(recipe, tasks=["tiny_choice"], limit=1, systems=["ensemble"], ensemble=ensemble)
     written = evaluate(quick, folder, tmp_path / "out")
     assert written is not None
-    warning = f"{folder} comes without lora_dropout.json, so it was not trained with LoRA Dropout here; {recipes_rate}"
+    warning = f"{folder} comes without lora_dropout.json, the record of a training with LoRA Dropout; {recipes_rate}"
     said = plain(capsys.readouterr().out)
     assert f"warning: {warning}" in said and "Evaluating the ensemble of 2 balanced masked adapters" in said
     ours = json.loads((written / "results.json").read_text())["lora_dropout"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,19 @@ def test_a_damaged_file_is_named(adapter: Path, spoil: Any, message: str) -> Non
         check_adapter(nowhere, adapter)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_that_are_not_finite_are_told(adapter: Path, value: str) -> None:
+    file = adapter / "adapter_model.safetensors"
+    weights = in_memory(file)
+    name = sorted(weights)[3]
+    weights[name][0, :2] = float(value)
+    save_file(weights, file)
+    nowhere = schema.Base(model="./no/base/is/needed")
+    count = f"{name} (2 of {weights[name].numel()})"
+    with pytest.raises(UserError, match=rf"NaN or infinite values in {re.escape(count)}\.\nExpected finite numbers"):
+        check_adapter(nowhere, adapter)
+
+
 def test_a_good_adapter_passes(saved: tuple[Path, schema.Base]) -> None:
     folder, its = saved
     check_adapter(its, folder, read_settings(folder))
@@ -205,8 +219,9 @@ def test_other_methods_are_refused_by_name(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"rate": 1.5}', r"rate: Input should be less than 1"),
-        ('{"rate": "half"}', r"rate: Input should be a valid number"),
+        ('{"rate": 7}', r"rate: found 7, expected a number, at least 0 and below 1;"),
+        ('{"rate_pattern": {"q": -1}}', r"rate_pattern\.q: found -1, expected a number, at least 0 and below 1"),
+        ('{"rate": "half"}', r"rate: found 'half', expected a number, at least 0 and below 1"),
         ('{"rates": 0.5}', r"rates: "),
         ("rate: 0.5", r"the file: Invalid JSON"),
         ("[]", r"the file: "),

@@ -93,6 +93,23 @@ def test_a_run_is_never_overwritten_silently(tmp_path: Path) -> None:
     assert [file.name for file in folder.iterdir()] == ["recipe.yaml"]
 
 
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    places = {
+        tmp_path / "file": "Not a directory",
+        tmp_path / "file" / "x": "Not a directory",
+        Path("/proc/x"): "takes no",
+    }
+    for place, reason in places.items():
+        tried = "/proc" if place.parts[1] == "proc" else str(tmp_path / "file")
+        with pytest.raises(UserError) as error:
+            check_run_folder(recipe(output=str(place)), overwrite=True)
+        assert str(error.value).startswith(f"output: {place / 't'} cannot be written: {tried}: {reason}")
+        assert "Choose a folder in which you may write, with another output." in str(error.value)
+    check_run_folder(recipe(output=str(tmp_path / "new")), overwrite=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"], "nothing is left of the trial"
+
+
 def test_overwrite_deletes_nothing_but_runs(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     check_run_folder(recipe(output=str(tmp_path)), overwrite=False)  # an empty folder is free
