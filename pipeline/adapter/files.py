@@ -157,9 +157,9 @@ def _refuse_export(folder: Path) -> None:
         return
     source, form = manifest["source"], manifest["form"]
     use = (
-        f"Its members are plain adapters, for peft and for servers: {folder / 'member-0'}, ..."
+        f"The members are plain adapters, for peft and for servers: {folder / 'member-0'}, ..."
         if form == "ensemble"
-        else "It is a whole model: transformers loads it by itself."
+        else "The export is a whole model, which transformers loads by itself."
     )
     raise UserError(
         f"{folder}: this is an export ({form}) of {source.get('name')}, not the adapter.\n"

@@ -150,8 +150,8 @@ def test_an_export_is_not_taken_for_a_run(run: Path, tmp_path: Path) -> None:
     manifest = json.loads((members / "manifest.json").read_text())
     (merged / "manifest.json").write_text(json.dumps({**manifest, "form": "merged"}))
     for folder, form, use in (
-        (members, "ensemble", f"Its members are plain adapters, for peft and for servers: {members / 'member-0'}, ..."),
-        (merged, "merged", "It is a whole model: transformers loads it by itself."),
+        (members, "ensemble", f"The members are plain adapters, for peft and for servers: {members / 'member-0'}, ..."),
+        (merged, "merged", "The export is a whole model, which transformers loads by itself."),
     ):
         with pytest.raises(UserError) as error:
             read_settings(folder)
