@@ -30,7 +30,7 @@ from pipeline.errors import UserError
 from pipeline.processes import is_main, world_size
 from pipeline.provenance import now
 from pipeline.recipe import Recipe, load_recipe, schema
-from pipeline.run_folder import RECIPE_FILE
+from pipeline.run_folder import RECIPE_FILE, check_writable
 
 
 def evaluate(
@@ -50,9 +50,10 @@ def evaluate(
         The folder; None on processes other than the first.
 
     Raises:
-        UserError: tasks, adapter or base cannot be had; an adapter that does nothing; out of memory.
+        UserError: no results can be written; tasks, adapter or base cannot be had; an adapter that does nothing; out of memory.
     """
     started = now()
+    check_writable("--output", output_root / recipe.name)
     settings = read_settings(adapter)
     check_base(recipe.base, adapter)
     check_settings(settings, recipe, adapter)

@@ -199,6 +199,12 @@ def test_masks_at_test_time_only_are_warned_of(
     assert "not recorded: an adapter of another origin" in report
 
 
+def test_results_that_could_not_be_written_are_refused_first(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"--output: .*file.* cannot be written"):
+        evaluate(recipe, tmp_path / "nothing", tmp_path / "file")
+
+
 def test_a_missing_adapter_is_named_before_anything_is_loaded(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no adapter here .found: no such folder.*\n.*train first with launch/sft.py"):
         evaluate(recipe, tmp_path / "nothing", tmp_path)
