@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -199,7 +198,7 @@ def test_an_interrupted_export_leaves_nothing_and_says_so(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*arguments: object) -> None:
-        os.kill(os.getpid(), 2)
+        raise KeyboardInterrupt  # as Python's handler of Ctrl-C does; a parallel test run ignores the signal itself
 
     monkeypatch.setattr("pipeline.export.run.write_card", interrupted)
     assert ended(export_command, str(run), "--output", str(tmp_path / "out"), monkeypatch=monkeypatch) == 130
