@@ -50,7 +50,8 @@ def evaluate(
         The folder; None on processes other than the first.
 
     Raises:
-        UserError: no results can be written; tasks, adapter or base cannot be had; an adapter that does nothing; out of memory.
+        UserError: results cannot be written; tasks, adapter or base cannot be had; an adapter that does nothing; out of
+            memory.
     """
     started = now()
     check_writable("--output", output_root / recipe.name)
