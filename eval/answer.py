@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from eval.decode import EnsembleDecoder, Step
+from eval.lm.decode import EnsembleDecoder, Step
 from eval.prompt import TrainingPrompt
 from pipeline.adapter.check import check_adapter, why_unmasked
 from pipeline.adapter.files import adapter_dropout, load_adapter, read_settings

@@ -347,8 +347,21 @@ class Ensemble(Section):
     """What is averaged over the members at every token."""
     balanced: bool = False
     """Members keep each feature about (1-p) N times between them: better with few members, which belong together."""
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
+    """Of the members' masks; none takes the adapter's own. Three or more show the ensemble's own noise."""
     rows_per_pass: int | None = Field(default=None, ge=1)
     """Most rows (members x requests) in one forward pass, where memory is short; same results."""
+
+
+class McDropout(Section):
+    """Baseline: Monte Carlo dropout, peft's `lora_dropout` on the adapter's input left on at test time."""
+
+    instances: int = Field(default=8, ge=1)
+    """Passes N, each with noise of its own."""
+    rate: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """None takes the rate that the adapter was trained with (`adapter.input_dropout`)."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the noise."""
 
 
 class Eval(Section):
@@ -364,14 +377,31 @@ class Eval(Section):
     """Examples before each question; none keeps each task's own number."""
     limit: int | None = Field(default=None, ge=1)
     """Evaluate only the first documents of each task (the report says so)."""
-    batch_size: int = Field(default=8, ge=1)
-    """Requests per forward pass, before the ensemble multiplies them."""
+    mode: Literal["auto", "exact", "fast"] = "auto"
+    """`exact`: lm-eval's own code, bit for bit. `fast`: shared prompt beginnings are computed once, batches are cut by
+    tokens, scores are float32, curves over members are kept. `auto`: fast where an ensemble is among the systems, so
+    that all are scored alike, else exact."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
+    """Requests per forward pass, before the ensemble multiplies them, in mode exact and in generation."""
+    tokens_per_pass: int | None = Field(default=None, ge=1)
+    """Most new tokens (of all members) in one forward pass of mode fast; none asks the device."""
+    keep_answers: bool = True
+    """Keep finished answers on disk, so that an evaluation that was ended goes on where it stopped."""
     prompt: Literal["task", "training"] = "task"
     """`task`: lm-eval's own prompt. `training`: the same text as instruction in the training prompt."""
-    systems: list[Literal["base", "deterministic", "ensemble"]] = ["base", "deterministic", "ensemble"]
-    """What is evaluated, on the same base: without adapter, adapter without masks, ensemble over masks."""
+    systems: list[Literal["base", "deterministic", "ensemble", "mc_dropout", "deep_ensemble"]] = [
+        "base",
+        "deterministic",
+        "ensemble",
+    ]
+    """What is evaluated, on the same base: without adapter, adapter without masks, ensemble over masks, and the
+    baselines Monte Carlo dropout and an ensemble of several adapters."""
     ensemble: Ensemble = Ensemble()
     """The ensemble."""
+    mc_dropout: McDropout = McDropout()
+    """The baseline of that name."""
+    deep_ensemble: list[str] = []
+    """Folders of further adapters, of other training seeds, that the baseline of that name averages with this one."""
 
 
 class Recipe(Section):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from eval.decode import EnsembleDecoder, RunningAverage, passes
+from eval.lm.decode import EnsembleDecoder, RunningAverage, passes
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Ensemble
 

@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from eval.decode import EnsembleDecoder, RunningAverage, members_masked, passes
+from eval.lm.decode import EnsembleDecoder, RunningAverage, members_masked, passes
 from eval.logs import quiet
 from pipeline.errors import UserError
 from pipeline.lora_dropout import LoraDropout

@@ -1,0 +1,1 @@
+"""From the samples of one system and task to its scores, calibration and their uncertainty."""
