@@ -15,8 +15,9 @@ from rich.console import Console
 from scipy.stats import norm
 
 from eval import scores
-from eval.overfitting import Evaluation, loss_sentences
-from eval.report import duration, write_report
+from eval.report.overfitting import Evaluation, loss_sentences
+from eval.report import write_report
+from eval.report.context import duration
 from eval.score_table import score_table
 from pipeline.errors import UserError
 

@@ -1,72 +1,28 @@
-"""The report of one evaluation: ``results.json`` in, ``report.md`` and a self-contained ``report.html`` out.
+"""What the report shows, as the templates name it.
 
-Everything shown comes from ``results.json``; equal input gives equal bytes. The HTML loads nothing and
-needs no script.
+Everything comes from ``results.json``; equal input gives equal bytes. The HTML loads nothing and needs no script.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup, escape
-from pydantic import ValidationError
+from markupsafe import Markup
 
 from eval import scores
-from eval.overfitting import evaluations, loss_curves, loss_sentences, training_loss_sentences
-from eval.plots import MOST_ROWS, both_widths, logarithmic, losses_figure, scores_figure
+from eval.report.overfitting import evaluations, loss_curves, loss_sentences, training_loss_sentences
+from eval.report.page import style_sheet
+from eval.report.plots import MOST_ROWS, logarithmic, losses_figure, scores_figure
+from eval.report.read import recorded_recipe
+from eval.report.svg import both_widths
 from eval.scores import ScoreRow
-from pipeline.errors import UserError
 from pipeline.recipe import Recipe, recipe_to_yaml
 
-TEMPLATES = Path(__file__).parent / "templates"
 PROVENANCE_ORDER = ("command", "started", "finished", "recipe sha256", "seed", "base", "data", "git", "versions")
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """``results.json`` of an evaluation folder. Raises UserError where it is missing, broken or not ours."""
-    path = folder / "results.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: no results.json here; expected a folder that launch/evaluate.py wrote")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); evaluate again") from error
-    ours = results.get("lora_dropout") if isinstance(results, dict) else None
-    if not isinstance(ours, dict) or "systems" not in ours:
-        raise UserError(
-            f"{path}: no section lora_dropout.systems; expected the file that launch/evaluate.py writes, "
-            "stock lm-eval results have no systems to compare"
-        )
-    return results
-
-
-def write_report(folder: Path) -> None:
-    """Writes ``report.md`` and ``report.html`` beside ``results.json``."""
-    context = report_context(read_results(folder))
-    for name, autoescape in (("report.html", True), ("report.md", False)):
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TEMPLATES),
-            autoescape=autoescape,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        environment.filters |= {
-            "score": scores.score_text,
-            "interval": scores.interval_text,
-            "cell": markdown_cell,
-            "breakable": breakable,
-        }
-        text = environment.get_template(f"{name}.j2").render(context)
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def report_context(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,27 +54,8 @@ def report_context(results: Mapping[str, Any]) -> dict[str, Any]:
         "settings": setting_rows(ours, recipe),
         "provenance": provenance_tables(results),
         "recipe": recipe_to_yaml(recipe),
-        "css": Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        "css": style_sheet(),
     }
-
-
-def recorded_recipe(ours: Mapping[str, Any]) -> Recipe:
-    """The recipe that was evaluated. Raises UserError where another version of this project wrote it."""
-    try:
-        return Recipe.model_validate_json(json.dumps(ours["recipe"]))
-    except ValidationError as error:
-        raise UserError(f"results.json, lora_dropout.recipe: this version reads other recipes; {error}") from error
-
-
-def markdown_cell(text: Any) -> str:
-    """Text inside a Markdown table: bars, markup and line ends would break it."""
-    plain = str(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return " ".join(plain.split())
-
-
-def breakable(text: str) -> Markup:
-    """A name in HTML that may break after underscores only."""
-    return escape(text).replace("_", Markup("_<wbr>"))
 
 
 def system_label(name: str, ours: Mapping[str, Any]) -> str:

@@ -1,0 +1,39 @@
+"""``results.json`` of an evaluation folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """``results.json`` of an evaluation folder. Raises UserError where it is missing, broken or not ours."""
+    path = folder / "results.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no results.json here; expected a folder that launch/evaluate.py wrote")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); evaluate again") from error
+    ours = results.get("lora_dropout") if isinstance(results, dict) else None
+    if not isinstance(ours, dict) or "systems" not in ours:
+        raise UserError(
+            f"{path}: no section lora_dropout.systems; expected the file that launch/evaluate.py writes, "
+            "stock lm-eval results have no systems to compare"
+        )
+    return results
+
+
+def recorded_recipe(ours: Mapping[str, Any]) -> Recipe:
+    """The recipe that was evaluated. Raises UserError where another version of this project wrote it."""
+    try:
+        return Recipe.model_validate_json(json.dumps(ours["recipe"]))
+    except ValidationError as error:
+        raise UserError(f"results.json, lora_dropout.recipe: this version reads other recipes; {error}") from error
