@@ -27,6 +27,8 @@ STRATA_TO_RESAMPLE = 20
 """Fewest strata whose own resampling says something."""
 MOST_UNDEFINED = 0.05
 """Largest share of draws without a value (of one class only) that an interval may leave out."""
+MOST_LEFT_OUT = 1000
+"""Clusters whose removal tells the skewness; with more of them the skewness hardly matters, and these are a sample."""
 ENTRIES_AT_ONCE = 1 << 21
 """Weights in memory at a time: 16 MiB."""
 _NORMAL = NormalDist()
@@ -111,35 +113,42 @@ def resamples(plan: Sampling, draws: int = DRAWS, seed: int = SEED) -> Iterator[
         yield counts[:, plan.cluster_of].astype(np.float64)
 
 
-def leave_one_out(plan: Sampling) -> Iterator[Values]:
-    """``(K, D)`` float64 at a time, one row per cluster: without it, the rest of its stratum weighted up in its place.
+def left_out(plan: Sampling) -> NDArray[np.intp]:
+    """Numbers of the clusters that the jackknife leaves out in turn: at most 1,000, evenly spaced over the strata.
 
-    Clusters that are alone in their stratum cannot be left out; they have no row.
+    Clusters that are alone in their stratum have no replacement and stay.
     """
     replaceable = np.flatnonzero(plan.stratum_size > 1)
+    step = max(1.0, replaceable.size / MOST_LEFT_OUT)
+    return replaceable[np.arange(0, replaceable.size, step).astype(np.intp)]
+
+
+def leave_one_out(plan: Sampling) -> Iterator[Values]:
+    """``(K, D)`` float64 at a time, one row per cluster of ``left_out``: its stratum is weighted up instead."""
+    numbers = left_out(plan)
     at_once = draws_at_once(plan.cluster_of.size)
-    for start in range(0, replaceable.size, at_once):
-        left_out = replaceable[start : start + at_once, None]
-        same_stratum = plan.stratum_first[left_out] == plan.stratum_first[plan.cluster_of]
-        size = plan.stratum_size[left_out]
-        yield np.where(same_stratum, size / (size - 1), 1.0) * (plan.cluster_of != left_out)
+    for start in range(0, numbers.size, at_once):
+        number = numbers[start : start + at_once, None]
+        same_stratum = plan.stratum_first[number] == plan.stratum_first[plan.cluster_of]
+        size = plan.stratum_size[number]
+        yield np.where(same_stratum, size / (size - 1), 1.0) * (plan.cluster_of != number)
 
 
 def acceleration(plan: Sampling, jackknife: Values) -> float:
     """Skewness of the score, from the jackknife (Davison and Hinkley 1997, Bootstrap Methods, eq. 5.23 and p. 209).
 
     Args:
-        jackknife: ``(C,)`` the score without each cluster, in the rows of ``leave_one_out``. Rows without a value
-            count as the mean of their stratum.
+        jackknife: the score in the rows of ``leave_one_out``. Rows without a value count as the mean of their stratum.
     """
-    size = plan.stratum_size[plan.stratum_size > 1]
-    stratum = plan.stratum_first[plan.stratum_size > 1]
+    numbers = left_out(plan)
+    size, stratum = plan.stratum_size[numbers], plan.stratum_first[numbers]
     known = ~np.isnan(jackknife)
     totals = np.bincount(stratum, np.where(known, jackknife, 0.0))
     means = totals / np.maximum(np.bincount(stratum, known), 1)
     influence = np.where(known, (size - 1) * (means[stratum] - jackknife), 0.0) / size
-    squares = (influence**2).sum()
-    return float((influence**3).sum() / (6 * squares**1.5)) if squares > 0 else 0.0
+    every = np.count_nonzero(plan.stratum_size > 1) / max(numbers.size, 1)  # clusters that one row stands for
+    squares = every * (influence**2).sum()
+    return float(every * (influence**3).sum() / (6 * squares**1.5)) if squares > 0 else 0.0
 
 
 def _bca_levels(values: Values, value: float, skewness: float, confidence: float) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import digamma
 
 Values = NDArray[np.float64]
 
@@ -93,15 +94,19 @@ def auroc(weights: Values, scores: ArrayLike, positive: ArrayLike) -> Values:
 
 
 def aurc(weights: Values, confidences: ArrayLike, correct: ArrayLike) -> Values:
-    """Area under the risk-coverage curve (Geifman, Uziel and El-Yaniv 2019, arXiv 1805.08206, section 2).
+    """Area under the risk-coverage curve: mean over k of the error among the k most confident documents.
 
-    Mean over the documents, each as the threshold, of the error among those at least as confident. Equally confident
-    documents are accepted together, so their order does not matter.
+    Geifman, Uziel and El-Yaniv 2019 (arXiv 1805.08206, section 2). Equally confident documents have no order, so the
+    mean over all their orders counts. A tie of m documents with e errors, after N more confident ones with E errors,
+    adds sum over j = 1..m of (E + j e / m) / (N + j) = e + (E - N e / m) (H(N + m) - H(N)), H the harmonic numbers;
+    digamma continues them to weights that are not whole.
     """
     order, starts = _ordered(-np.asarray(confidences, dtype=np.float64))
     wrong, drawn = 1 - _truths(correct)[order], weights[:, order]
-    accepted = np.add.reduceat(drawn, starts, axis=1)
-    coverage = np.cumsum(accepted, axis=1)
-    errors = np.cumsum(np.add.reduceat(drawn * wrong, starts, axis=1), axis=1)
-    risk = np.divide(errors, coverage, out=np.zeros_like(errors), where=coverage > 0)
-    return _quotient((accepted * risk).sum(axis=1), coverage[:, -1])
+    tied = np.add.reduceat(drawn, starts, axis=1)
+    tied_errors = np.add.reduceat(drawn * wrong, starts, axis=1)
+    accepted, errors = np.cumsum(tied, axis=1), np.cumsum(tied_errors, axis=1)
+    harmonic = np.diff(digamma(accepted + 1), axis=1, prepend=digamma(1.0))
+    error_share = np.divide(tied_errors, tied, out=np.zeros_like(tied), where=tied > 0)
+    areas = tied_errors + (errors - tied_errors - (accepted - tied) * error_share) * harmonic
+    return _quotient(areas.sum(axis=1), accepted[:, -1])
