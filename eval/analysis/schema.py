@@ -88,7 +88,7 @@ class JensenGap(Part):
     per_token: float
     """Mean over all scored tokens; not negative but for rounding."""
     least: float
-    """Smallest of any scored token."""
+    """Smallest of any scored token; in generation, where it is not kept per token, of any text's mean."""
     choice_level: float | None
     """Of the right choice's probability among the choices; may be negative."""
 
@@ -109,6 +109,20 @@ class Mistake(Part):
     answer: str
     target: str
     confidence: float
+    choices: list[str] = []
+    """Multiple choice: all of them."""
+
+
+class Confidence(Part):
+    """One way to tell the confidence in a generated answer, against one filter's exact match."""
+
+    ece: CalibrationError
+    adaptive_ece: CalibrationError
+    brier_parts: BrierParts
+    bins: list[Bin]
+    risk_coverage: list[tuple[float, float]]
+    metrics: dict[str, Estimate]
+    """`brier`, `auroc`, `aurc`, `overconfidence`."""
 
 
 class TaskAnalysis(Part):
@@ -137,6 +151,11 @@ class TaskAnalysis(Part):
     risk_coverage: list[tuple[float, float]] = []
     """(coverage, risk), at most 100 points."""
     curve: list[CurvePoint] = []
+    confidences: dict[str, Confidence] = {}
+    """Generation: by `length_normalised,<filter>` and `first_answer_token,<filter>`. The fields above, `brier` to
+    `overconfidence` among the metrics too, are those of the length-normalised one against the primary score."""
+    sampled_subjects: dict[str, Estimate] = {}
+    """A sensitivity, not the interval: groups of 20 subjects and more, as if the subjects too were a sample."""
     mistakes: list[Mistake] = []
     """The most confident first, at most 20."""
     notes: list[str] = []

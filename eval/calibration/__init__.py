@@ -1,0 +1,1 @@
+"""How far confidence can be trusted: pure functions on arrays. D documents, C choices, N members, B bins."""
