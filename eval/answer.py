@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from eval.lm.decode import EnsembleDecoder, Step
+from eval.lm.members import MaskedMembers, OneModel
 from eval.prompt import TrainingPrompt
 from pipeline.adapter.check import check_adapter, why_unmasked
 from pipeline.adapter.files import adapter_dropout, load_adapter, read_settings
@@ -46,13 +47,13 @@ class Confidence:
 
 def confidence(steps: Sequence[Step]) -> Confidence:
     """Of an answer to one prompt (B = 1) of at least one token."""
-    chosen = torch.cat([step.probabilities for step in steps])  # (T,)
-    members = torch.cat([step.member_probabilities for step in steps], dim=1)  # (N, T)
+    chosen = torch.cat([step.running[-1] for step in steps]).double()  # (T,) log-probabilities
+    members = torch.cat([step.members for step in steps], dim=1).double()  # (N, T)
     return Confidence(
         tokens=len(chosen),
-        sequence=math.exp(chosen.double().log().mean()),
-        first=float(chosen[0]),
-        members=tuple(members.double().log().mean(dim=1).exp().tolist()),
+        sequence=math.exp(chosen.mean()),
+        first=math.exp(chosen[0]),
+        members=tuple(members.mean(dim=1).exp().tolist()),
     )
 
 
@@ -110,8 +111,7 @@ class Answerer:
                 f"the prompt has {length} tokens; this base reads {context}, the answer included. Shorten it."
             )
         decoder = EnsembleDecoder(
-            self.dropout,
-            self.ensemble,
+            OneModel() if self.dropout is None else MaskedMembers(self.dropout, self.ensemble),
             streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
             record=True,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -18,10 +19,12 @@ from lm_eval.api.metrics import acc_all, acc_all_stderr, mean, mean_stderr
 from lm_eval.api.task import Task
 from lm_eval.utils import handle_non_serializable
 
+from eval.lm import EnsembleLM
 from eval.report import write_report
 from eval.tasks import leaf_tasks
 from pipeline.adapter.files import AdapterSettings, adapter_rank, read_peft_config
 from pipeline.base import base_identity
+from pipeline.errors import UserError
 from pipeline.processes import world_size
 from pipeline.provenance import git_state, machine, now, versions
 from pipeline.recipe import Recipe, recipe_to_yaml
@@ -44,6 +47,46 @@ class SystemScores:
     seconds: float
     """Spent on the requests."""
     peak_gpu_bytes: int | None
+    mode: str
+    """``exact`` or ``fast``."""
+    kept: int
+    """Requests whose answer was taken from disk."""
+
+
+def add_records(samples: dict[str, list[dict[str, Any]]], lm: EnsembleLM, tasks: list[Task | Group]) -> None:
+    """Our part of every sample, under ``lora_dropout``.
+
+    ``gold`` the right choice's index (multiple choice), ``request_hash`` over all arguments (lm-eval's own
+    ``prompt_hash`` covers the first), ``cluster`` the text that a document shares with others (the task's
+    ``metadata: {cluster: <field>}``), and ``requests`` the records of mode fast, in the order of the arguments.
+    """
+    for task in leaf_tasks(tasks):
+        cluster = (task.config.metadata or {}).get("cluster")
+        for sample in samples[task.task_name]:
+            document = sample["doc"]
+            arguments = json.dumps(sample["arguments"], default=handle_non_serializable, ensure_ascii=False)
+            places = [(task.task_name, sample["doc_id"], index) for index in range(len(sample["arguments"]))]
+            sample["lora_dropout"] = {
+                "gold": gold_choice(task, document) if task.OUTPUT_TYPE == "multiple_choice" else None,
+                "request_hash": hashlib.sha256(arguments.encode()).hexdigest(),
+                "cluster": None if cluster is None else str(document[cluster]),
+                "requests": [asdict(lm.records[place]) for place in places if place in lm.records],
+            }
+
+
+def gold_choice(task: Task, document: dict[str, Any]) -> int:
+    """Index of the right choice, as lm-eval reads the task file.
+
+    Raises:
+        UserError: the document names none of its choices.
+    """
+    target = task.doc_to_target(document)
+    choices = task.doc_to_choice(document)
+    if isinstance(target, str) and target in choices:
+        target = choices.index(target)
+    if not isinstance(target, int) or not 0 <= target < len(choices):
+        raise UserError(f"task {task.task_name}: the right choice is {target!r}, expected one of {choices}")
+    return target
 
 
 def add_stderrs(results: dict[str, Any], samples: dict[str, list[dict[str, Any]]], tasks: list[Task | Group]) -> None:
@@ -101,6 +144,8 @@ def our_section(
                 "requests": scores.requests,
                 "seconds": scores.seconds,
                 "peak_memory_bytes": scores.peak_gpu_bytes,
+                "mode": scores.mode,
+                "kept": scores.kept,
             }
             for system, scores in finished.items()
         },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,19 +18,24 @@ from rich.console import Console
 from transformers.integrations import unset_hf_deepspeed_config
 
 from eval.lm import EnsembleLM
+from eval.lm.settings import answer_settings
+from eval.lm.store import AnswerStore
 from eval.prompt import TrainingPrompt
-from eval.results import SystemScores, add_stderrs, our_section, write_folder
+from eval.results import SystemScores, add_records, add_stderrs, our_section, write_folder
 from eval.score_table import score_table
-from eval.scores import SYSTEMS
+from eval.systems import System, description, mask_settings, mode_of, system, systems_of
 from eval.tasks import load_tasks
-from pipeline.adapter.check import check_adapter, check_settings, ensemble_settings, why_unmasked
-from pipeline.adapter.files import AdapterSettings, adapter_dropout, load_adapter, read_peft_config, read_settings
+from pipeline.adapter.check import check_adapter, check_settings
+from pipeline.adapter.files import load_adapter, read_peft_config, read_settings
 from pipeline.base import load_base, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.processes import is_main, world_size
 from pipeline.provenance import now
 from pipeline.recipe import Recipe, load_recipe, schema
 from pipeline.run_folder import RECIPE_FILE, check_writable
+
+ANSWERS = "answers"
+"""Beside the results of all runs of a recipe: finished answers, which the next run takes up."""
 
 
 def evaluate(
@@ -60,7 +65,8 @@ def evaluate(
     check_settings(settings, recipe, adapter)
     systems, warnings = systems_of(recipe, settings, adapter)
     unset_hf_deepspeed_config()  # else a ZeRO-3 trainer of this process would have the base loaded in shards
-    masks = ensemble_settings(settings, recipe)
+    masks = mask_settings(settings, recipe)
+    mode = mode_of(recipe.eval, systems)
     check_adapter(recipe.base, adapter, masks if "ensemble" in systems else None)
     if is_main():
         for warning in warnings:
@@ -72,23 +78,26 @@ def evaluate(
     finished: dict[str, SystemScores] = {}
     with memory_advice(recipe.eval):
         model = load_adapter(load_base(recipe.base), adapter)
-        for number, system in enumerate(systems, start=1):
-            ensembled = system == "ensemble"
+        for number, name in enumerate(systems, start=1):
+            evaluated = system(name, model, recipe.eval, masks)
             lm = EnsembleLM(
                 model,
                 tokenizer,
                 batch_size=recipe.eval.batch_size,
-                dropout=adapter_dropout(model, masks) if ensembled else None,
-                ensemble=recipe.eval.ensemble if ensembled else None,
+                members=evaluated.members,
+                mode=mode,
+                tokens_per_pass=recipe.eval.tokens_per_pass,
                 training_prompt=prompt,
                 group=group,
             )
-            if system != "base":
+            if recipe.eval.keep_answers:
+                lm.store = kept_answers(recipe, adapter, evaluated, lm, output_root)
+            if name != "base":
                 lm.assert_adapter_active()
             if progress and is_main():
-                print(f"Evaluating {description(system, recipe.eval)} ({number} of {len(systems)})", flush=True)
-            with model.disable_adapter() if system == "base" else nullcontext():
-                finished[system] = system_scores(lm, tasks, recipe.eval)
+                print(f"Evaluating {description(name, recipe.eval)} ({number} of {len(systems)})", flush=True)
+            with evaluated.loaded(model):
+                finished[name] = system_scores(lm, tasks, recipe.eval)
     if not is_main():
         return None
     section = our_section(recipe, adapter, settings, masks, finished, started, warnings)
@@ -140,45 +149,6 @@ def check_storage(base: schema.Base, trained: schema.Base, adapter: Path) -> Non
         )
 
 
-def systems_of(recipe: Recipe, settings: AdapterSettings | None, adapter: Path) -> tuple[list[str], list[str]]:
-    """The systems to run, in order, and what the reader of their scores must be warned of.
-
-    An adapter that was not trained with LoRA Dropout gets an ensemble only where the recipe has a rate to draw masks
-    with; masks at test time only are worse than none (``Drop_test`` in arXiv 2404.09610).
-
-    Raises:
-        UserError: nothing is left to run.
-    """
-    systems: list[str] = [system for system in SYSTEMS if system in recipe.eval.systems]
-    warnings = []
-    if "ensemble" in systems and not (settings is not None and settings.masked):
-        reason = f"{adapter} {why_unmasked(settings)}"
-        worse = "masks at test time only are worse than none"
-        if recipe.adapter.dropout.masked:
-            rate = f"rate {recipe.adapter.dropout.rate:g}"
-            warnings = [f"{reason}; its ensemble is drawn with this recipe's {rate}, and {worse}."]
-        else:
-            systems.remove("ensemble")
-            reason = f"{reason} and this recipe has no rate, so there is no ensemble over masks"
-            warnings = [f"{reason}; {worse}. Evaluating the rest."]
-            if not systems:
-                raise UserError(f"eval.systems: {reason}; evaluate it with eval.systems=[base, deterministic]")
-    if not systems:
-        raise UserError("eval.systems: empty; name at least one of base, deterministic, ensemble")
-    return systems, warnings
-
-
-def description(system: str, section: schema.Eval) -> str:
-    """A system in words."""
-    if system == "base":
-        return "the base without adapter"
-    if system == "deterministic":
-        return "the adapter, masks off"
-    balanced = "balanced " if section.ensemble.balanced else ""
-    members = f"{section.ensemble.instances} {balanced}masked adapters"
-    return f"the ensemble of {members}, average of {section.ensemble.average}"
-
-
 def process_group() -> dist.ProcessGroup | None:
     """The launcher's processes, on a CPU backend, with patience for ranks that finish early; None if there is one."""
     if world_size() == 1:
@@ -188,6 +158,23 @@ def process_group() -> dist.ProcessGroup | None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo")
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def kept_answers(recipe: Recipe, adapter: Path, evaluated: System, lm: EnsembleLM, output_root: Path) -> AnswerStore:
+    """The answers of this system that an evaluation that was ended has left.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    computing: dict[str, object] = {"mode": lm.mode, "max_length": lm.max_length}
+    if lm.mode == "exact":
+        computing["batch_size"] = recipe.eval.batch_size  # its bits depend on what shares a batch
+    adapters = [] if evaluated.name == "base" else [adapter]
+    settings = answer_settings(recipe.base, adapters, evaluated.identity, computing, lm.device)
+    store = AnswerStore.open(output_root / recipe.name / ANSWERS, settings)
+    for line in store.corrupt:
+        print(f"warning: kept answers: {line}; they are computed again", flush=True)
+    return store
 
 
 def system_scores(lm: EnsembleLM, tasks: list[Task | Group], section: schema.Eval) -> SystemScores:
@@ -211,7 +198,8 @@ def system_scores(lm: EnsembleLM, tasks: list[Task | Group], section: schema.Eva
     samples = results.pop("samples", {})
     if results:
         add_stderrs(results, samples, tasks)
-    return SystemScores(results, samples, lm.requests, lm.seconds, peak)
+        add_records(samples, lm, tasks)
+    return SystemScores(results, samples, lm.requests, lm.seconds, peak, mode=lm.mode, kept=lm.kept)
 
 
 @contextmanager
@@ -222,10 +210,13 @@ def memory_advice(section: schema.Eval) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         members = section.ensemble.instances if "ensemble" in section.systems else 1
         advice = []
-        if section.batch_size > 1:
+        if section.batch_size == "auto":
+            advice.append("eval.batch_size=1 and up, instead of auto (same scores)")
+        elif section.batch_size > 1:
             advice.append(f"eval.batch_size={max(1, section.batch_size // 2)} (same scores, slower)")
         if members > 1:
-            rows = min(section.ensemble.rows_per_pass or members * section.batch_size, members * section.batch_size)
+            requests = 8 if section.batch_size == "auto" else section.batch_size
+            rows = min(section.ensemble.rows_per_pass or members * requests, members * requests)
             advice.append(f"eval.ensemble.rows_per_pass={max(1, rows // 2)} (same scores, slower)")
         if section.num_fewshot != 0:
             advice.append("eval.num_fewshot lower (shorter prompts, another task)")

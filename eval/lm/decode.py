@@ -9,12 +9,11 @@ Legend: N members, n members of one pass, B requests, T tokens so far, V vocabul
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
@@ -25,93 +24,38 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from eval.lm.average import Average, RunningAverage, RunningLogprobs
+from eval.lm.members import Members, passes
 from pipeline.errors import UserError
-from pipeline.lora_dropout import LoraDropout
-from pipeline.recipe.schema import Ensemble
-
-Average = Literal["logits", "probabilities"]
-
-
-class RunningAverage:
-    """Average of the members' next-token scores, in float32, over the members added so far.
-
-    ``logits``: the mean of the logits; after a softmax, the members' normalised geometric mean.
-    ``probabilities``: the logarithm of the mean of the members' softmax, which is normalised already.
-    """
-
-    def __init__(self, average: Average) -> None:
-        self.average = average
-        self.members = 0
-        self._total: torch.Tensor | None = None
-
-    def add(self, logits: torch.Tensor) -> None:
-        """Add n members: ``(n, ..., V)`` logits of any float dtype."""
-        for member in logits:  # one by one: a float32 copy of all n would double the largest tensor there is
-            scores = member.float()
-            if self.average == "probabilities":
-                scores = F.log_softmax(scores, dim=-1)
-            if self._total is None:
-                self._total = scores.clone()
-            elif self.average == "logits":
-                self._total += scores
-            else:
-                torch.logaddexp(self._total, scores, out=self._total)
-            self.members += 1
-
-    def value(self) -> torch.Tensor:
-        """``(..., V)`` float32: mean logits, or the logarithm of mean probabilities.
-
-        Raises:
-            ValueError: no member was added.
-        """
-        if self._total is None:
-            raise ValueError("no member was added to the average")
-        if self.average == "logits":
-            return self._total / self.members
-        return self._total - math.log(self.members)
-
-
-def passes(members: int, rows: int, rows_per_pass: int | None) -> list[range]:
-    """Member numbers of each forward pass: as many members of ``rows`` rows each as fit, at least one."""
-    size = members if rows_per_pass is None else max(1, rows_per_pass // rows)
-    return [range(first, min(first + size, members)) for first in range(0, members, size)]
-
-
-def members_masked(dropout: LoraDropout, ensemble: Ensemble, numbers: range) -> AbstractContextManager[None]:
-    """Masks of these members; where they are balanced, each pass gets its part of the set of all N."""
-    return dropout.members(numbers, balanced=ensemble.instances if ensemble.balanced else None)
 
 
 @dataclass
 class Step:
-    """What one decoding step chose, before temperature and other processors."""
+    """What one decoding step chose, before temperature and other processors. All float32."""
 
     tokens: torch.Tensor
     """``(B,)`` the chosen tokens."""
-    probabilities: torch.Tensor
-    """``(B,)`` float32, their probability under the averaged distribution."""
-    member_probabilities: torch.Tensor
-    """``(N, B)`` float32, their probability under each member."""
+    running: torch.Tensor
+    """``(N, B)`` their log-probability, in nats, under the average of the first 1..N members."""
+    members: torch.Tensor
+    """``(N, B)`` under each member alone."""
+    total_entropy: torch.Tensor
+    """``(B,)`` entropy, in nats, of the arithmetic mean of the members' distributions."""
+    expected_entropy: torch.Tensor
+    """``(B,)`` mean of the members' entropies."""
 
 
 class _MemberRows:
     """The members' forward passes over one shared sequence of tokens, each member with its own KV cache."""
 
-    def __init__(
-        self, model: PreTrainedModel, dropout: LoraDropout | None, ensemble: Ensemble, prompt_mask: torch.Tensor
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, members: Members, prompt_mask: torch.Tensor) -> None:
         """``prompt_mask``: ``(B, T)``, 0 on left padding."""
-        members = ensemble.instances if dropout is not None else 1
         self.model = model
-        self.dropout = dropout
-        self.ensemble = ensemble
-        self.groups = passes(members, len(prompt_mask), ensemble.rows_per_pass)
+        self.members = members
+        self.groups = passes(members, len(prompt_mask))
         self.caches = [DynamicCache(config=model.config) for _ in self.groups]
         self.mask = prompt_mask
         self.padded = not bool(prompt_mask.all())  # without padding no mask is passed: attention is faster
-
-    def masked(self, numbers: range) -> AbstractContextManager[None]:
-        return nullcontext() if self.dropout is None else members_masked(self.dropout, self.ensemble, numbers)
 
     def next_logits(self, tokens: torch.Tensor, **forward_arguments: Any) -> torch.Tensor:
         """``(N, B, V)`` logits after the ``(B, t)`` newest tokens, in the model's dtype."""
@@ -121,7 +65,7 @@ class _MemberRows:
         for numbers, cache in zip(self.groups, self.caches, strict=True):
             n = len(numbers)
             # Entered again only where members are chunked: with one pass the caller holds it over the whole sequence.
-            with self.masked(numbers) if len(self.groups) > 1 else nullcontext():
+            with self.members.active(numbers) if len(self.groups) > 1 else nullcontext():
                 output = self.model(
                     input_ids=tokens.repeat(n, 1),
                     attention_mask=self.mask.repeat(n, 1) if self.padded else None,
@@ -145,16 +89,14 @@ class EnsembleDecoder:
     It keeps ``generate``'s own preparation: input checks, generation config, processors and stopping criteria, which
     see the B averaged rows. Greedy search and sampling are supported.
 
-        decoder = EnsembleDecoder(dropout, Ensemble(instances=8))
+        decoder = EnsembleDecoder(MaskedMembers(dropout, Ensemble(instances=8)))
         model.generate(**tokenizer(prompt, return_tensors="pt"), custom_generate=decoder, max_new_tokens=64)
 
     A streamer belongs here and not in ``generate``, which drops it for callables (transformers 5.23).
     """
 
-    dropout: LoraDropout | None
-    """The masks; none decodes the deterministic model in the same loop."""
-    ensemble: Ensemble
-    """Members, average, rows in one pass."""
+    members: Members
+    """Whose scores are averaged."""
     streamer: BaseStreamer | None = None
     """Receives the prompt, then each token."""
     record: bool = False
@@ -195,10 +137,8 @@ class EnsembleDecoder:
             )
         self.steps = []
         prompt_mask = model_kwargs.get("attention_mask")
-        rows = _MemberRows(
-            model, self.dropout, self.ensemble, torch.ones_like(input_ids) if prompt_mask is None else prompt_mask
-        )
-        with rows.masked(rows.groups[0]) if len(rows.groups) == 1 else nullcontext():
+        rows = _MemberRows(model, self.members, torch.ones_like(input_ids) if prompt_mask is None else prompt_mask)
+        with self.members.active(rows.groups[0]) if len(rows.groups) == 1 else nullcontext():
             return self._decoded(rows, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
 
     def _decoded(
@@ -220,7 +160,7 @@ class EnsembleDecoder:
         newest = input_ids
         while unfinished.any():
             logits = rows.next_logits(newest, **forward_arguments)
-            average = RunningAverage(self.ensemble.average)
+            average = RunningAverage(self.members.average)
             average.add(logits)
             # transformers asks for a LongTensor, a type that no torch function declares to return
             scores = logits_processor(input_ids, average.value())  # type: ignore[arg-type]
@@ -231,7 +171,7 @@ class EnsembleDecoder:
             if pads:
                 chosen = torch.where(unfinished, chosen, padding)
             if self.record:
-                self.steps.append(_step(chosen, average.value(), logits))
+                self.steps.append(_step(chosen, logits, self.members.average))
             if self.streamer is not None:
                 self.streamer.put(chosen.cpu())
             newest = chosen[:, None]
@@ -243,12 +183,21 @@ class EnsembleDecoder:
         return input_ids
 
 
-def _step(chosen: torch.Tensor, average: torch.Tensor, logits: torch.Tensor) -> Step:
-    """The record of one step: ``(B,)`` tokens, ``(B, V)`` averaged scores, ``(N, B, V)`` the members' logits."""
-    members = logits.float().softmax(dim=-1)
-    index = chosen[:, None]
+def _step(chosen: torch.Tensor, logits: torch.Tensor, kind: Average) -> Step:
+    """The record of one step: ``(B,)`` tokens, ``(N, B, V)`` the members' logits."""
+    average = RunningLogprobs(kind, torch.arange(len(chosen), device=chosen.device), chosen)
+    average.add(logits)
+    members = logits.float().log_softmax(dim=-1)
+    mean = members.logsumexp(dim=0) - math.log(len(members))
     return Step(
         tokens=chosen,
-        probabilities=average.softmax(dim=-1).gather(1, index)[:, 0],
-        member_probabilities=members.gather(2, index.expand(len(members), -1, -1))[..., 0],
+        running=average.running,
+        members=average.each,
+        total_entropy=_entropy(mean),
+        expected_entropy=_entropy(members).mean(dim=0),
     )
+
+
+def _entropy(logprobs: torch.Tensor) -> torch.Tensor:
+    """``(..., V)`` log-probabilities to ``(...)`` nats."""
+    return torch.special.entr(logprobs.exp()).sum(dim=-1)

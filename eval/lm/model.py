@@ -1,46 +1,59 @@
-"""lm-eval's Hugging Face model with an ensemble over masks, and requests split over processes.
+"""lm-eval's Hugging Face model, as one model or as an ensemble.
 
-Without an ensemble lm-eval's own code runs, bit for bit. With one, ``loglikelihood``, ``loglikelihood_rolling`` and
-``generate_until`` all see the members' average, because each of them goes through ``_model_call`` or
-``_model_generate``.
+Mode ``exact`` runs lm-eval's own code: without an ensemble bit for bit, with one through its average of the members.
+Mode ``fast`` runs ours: tokens that requests share are computed once (``score.py``), batches are cut by tokens, scores
+are float32, and every request leaves a record from which the curve over 1..N members is drawn.
 
 Legend: N members, n members of one pass, B requests, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import Collator, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from eval.lm.decode import EnsembleDecoder, RunningAverage, members_masked, passes
+from eval.lm.average import RunningAverage
+from eval.lm.decode import EnsembleDecoder
+from eval.lm.generated import generated_record
+from eval.lm.layout import truncated
+from eval.lm.members import Members, OneModel, passes
+from eval.lm.records import GeneratedRecord, RequestRecord, ScoredRecord
+from eval.lm.score import NotFinite, Scorer
+from eval.lm.sharing import shared_answers
+from eval.lm.store import AnswerStore, request_key
 from eval.logs import quiet
 from pipeline.errors import UserError
-from pipeline.lora_dropout import LoraDropout
-from pipeline.recipe.schema import Ensemble
 
-Answer = TypeVar("Answer")
+TokenRequest = tuple[Any, list[int], list[int]]
+"""lm-eval's: (texts, context tokens, continuation tokens)."""
+TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}
+"""Enough for the matrix products to be efficient; more only takes memory."""
 
 
 class EnsembleLM(HFLM):
-    """An adapter on its base, evaluated by lm-eval with or without an ensemble over masks.
+    """An adapter on its base, evaluated by lm-eval with or without an ensemble.
 
-        lm = EnsembleLM(model, tokenizer, batch_size=8)                                   # deterministic: stock HFLM
-        lm = EnsembleLM(model, tokenizer, batch_size=8, dropout=LoraDropout(model, 0.5, 42), ensemble=Ensemble())
+        lm = EnsembleLM(model, tokenizer, batch_size=8)                      # deterministic: stock HFLM
+        masks = MaskedMembers(LoraDropout(model, 0.5, 42), Ensemble())
+        lm = EnsembleLM(model, tokenizer, batch_size=8, members=masks, mode="fast")
         lm_eval.simple_evaluate(model=lm, tasks=["arc_easy"])
 
     Several processes each hold a whole model and call the same methods with the same requests: every process answers
-    its share, and all get all answers. (lm-eval's own split needs accelerate, repeats requests to even the ranks out,
-    returns samples out of order and fails on tasks with fewer documents than ranks.)
+    its share, and all get all answers.
     """
 
     def __init__(
@@ -48,9 +61,11 @@ class EnsembleLM(HFLM):
         model: PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        batch_size: int,
-        dropout: LoraDropout | None = None,
-        ensemble: Ensemble | None = None,
+        batch_size: int | Literal["auto"],
+        members: Members | None = None,
+        mode: Literal["exact", "fast"] = "exact",
+        tokens_per_pass: int | None = None,
+        store: AnswerStore | None = None,
         training_prompt: Callable[[str], str] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -59,56 +74,46 @@ class EnsembleLM(HFLM):
         Args:
             model: in eval mode, on its device.
             tokenizer: adds BOS by itself where training did.
-            batch_size: requests per forward pass, before members multiply them.
-            dropout: the masks of ``model``; none evaluates the deterministic model.
-            ensemble: members, average and rows per pass; with ``dropout``.
+            batch_size: requests per forward pass, before members multiply them; in mode fast, of generation only.
+                ``auto``: the most that fit, members counted.
+            members: whose scores are averaged; none: the model as it is.
+            mode: see above.
+            tokens_per_pass: new tokens of one pass of mode fast, all members counted; none: as fits the device.
+            store: of finished answers; none keeps none.
             training_prompt: from an instruction to the prompt the adapter was trained on. lm-eval asks for it as the
                 chat template, with ``apply_chat_template=True``.
             group: processes that share the requests, on a CPU backend; none: this one answers all.
         """
-        if (dropout is None) != (ensemble is None):
-            raise ValueError("dropout and ensemble go together: give both or neither")
-        if ensemble is not None and ensemble.rows_per_pass is not None:
-            batch_size = min(batch_size, ensemble.rows_per_pass)
+        self.members: Members = members or OneModel()
+        if self.members.rows_per_pass is not None and batch_size != "auto":
+            batch_size = min(batch_size, self.members.rows_per_pass)
         with quiet("lm_eval.models.huggingface"):  # warns that a model object skips its own multi-process setup
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self.dropout = dropout
-        self.ensemble = ensemble
+        self.mode = mode
+        self.store = store
         self.training_prompt = training_prompt
         self.group = group
+        self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS.get(self.device.type, 4096)
+        self._scorer: Scorer | None = None
+        self._latest: list[ScoredRecord] = []
+        self.records: dict[tuple[str | None, int | None, int], RequestRecord] = {}
+        """By task, document and index of the request; of mode fast only."""
         self.requests = 0
         """Answered so far, by all processes."""
+        self.kept = 0
+        """Of them, by this process, those whose answer was on disk."""
         self.seconds = 0.0
         """Spent on them, without lm-eval's own preparation and scoring."""
 
-    def _model_call(
-        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """``(B, T)`` right-padded tokens to ``(B, T, V)`` scores: logits, or the ensemble's average in float32."""
-        if self.dropout is None or self.ensemble is None:
-            return super()._model_call(inps, attn_mask, labels)
-        average = RunningAverage(self.ensemble.average)
-        for numbers in passes(self.ensemble.instances, len(inps), self.ensemble.rows_per_pass):
-            with members_masked(self.dropout, self.ensemble, numbers):
-                logits = super()._model_call(inps.repeat(len(numbers), 1))  # (n*B, T, V), member-major
-            average.add(logits.unflatten(0, (len(numbers), -1)))
-        return average.value()
-
-    def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
-    ) -> torch.Tensor:
-        """``(B, T)`` left-padded prompts to ``(B, max_length)`` at most; the ensemble decodes with one shared token."""
-        if self.dropout is not None and self.ensemble is not None:
-            generation_kwargs["custom_generate"] = EnsembleDecoder(self.dropout, self.ensemble)
-        return super()._model_generate(context=context, max_length=max_length, stop=stop, **generation_kwargs)
+    # What lm-eval calls
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Per request: log-likelihood of the continuation, and whether it is the greedy one."""
-        return self._shared(super().loglikelihood, requests, disable_tqdm)
+        return self._answered(self._loglikelihoods, requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Per request: log-likelihood of the whole text."""
-        return self._shared(super().loglikelihood_rolling, requests, disable_tqdm)
+        return self._answered(self._rolling, requests, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Per request: the text generated after the prompt.
@@ -123,28 +128,7 @@ class EnsembleLM(HFLM):
                     f"task {request.task_name}: asks for {tokens} new tokens, but the base's context is "
                     f"{self.max_length}; set a smaller max_gen_toks in the task's generation_kwargs"
                 )
-        return self._shared(super().generate_until, requests, disable_tqdm)
-
-    def _shared(
-        self, answers: Callable[[list[Instance], bool], list[Answer]], requests: list[Instance], disable_tqdm: bool
-    ) -> list[Answer]:
-        """All answers, each computed by one of the group's processes."""
-        started = time.perf_counter()
-        found = answers(requests, disable_tqdm) if self.group is None else self._dealt(answers, requests, disable_tqdm)
-        self.seconds += time.perf_counter() - started
-        self.requests += len(requests)
-        return found
-
-    def _dealt(
-        self, answers: Callable[[list[Instance], bool], list[Answer]], requests: list[Instance], disable_tqdm: bool
-    ) -> list[Answer]:
-        """This process answers its share, and gets the others' answers."""
-        rank = dist.get_rank(self.group)
-        indices = share(requests, rank, dist.get_world_size(self.group))
-        mine = answers([requests[index] for index in indices], disable_tqdm or rank != 0) if indices else []
-        gathered: list[list[tuple[int, Answer]]] = [[] for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather_object(gathered, list(zip(indices, mine, strict=True)), group=self.group)
-        return [answer for _, answer in sorted(itertools.chain(*gathered), key=lambda pair: pair[0])]
+        return self._answered(self._generated, requests, disable_tqdm)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The task's whole prompt (description, examples, question) as instruction in the training prompt."""
@@ -153,6 +137,253 @@ class EnsembleLM(HFLM):
         instruction = "".join(message["content"] for message in chat_history if message["role"] != "assistant")
         begun = "".join(message["content"] for message in chat_history if message["role"] == "assistant")
         return self.training_prompt(instruction) + begun
+
+    def _answered(
+        self,
+        answers: Callable[[list[Instance], bool], Sequence[tuple[Any, RequestRecord | None]]],
+        requests: list[Instance],
+        disable_tqdm: bool,
+    ) -> list[Any]:
+        """Answers of all processes; their records are noted."""
+        started = time.perf_counter()
+        found = shared_answers(answers, requests, disable_tqdm, self.group)
+        self.seconds += time.perf_counter() - started
+        self.requests += len(requests)
+        for request, (_, record) in zip(requests, found, strict=True):
+            if record is not None:
+                self.records[request.task_name, request.doc_id, request.idx] = record
+        return [answer for answer, _ in found]
+
+    # Log-likelihoods
+
+    def _loglikelihoods(
+        self, requests: list[Instance], disable_tqdm: bool
+    ) -> list[tuple[tuple[float, bool], ScoredRecord | None]]:
+        """lm-eval splits the texts into tokens, then calls ``_loglikelihood_tokens``."""
+        try:
+            answers = super().loglikelihood(requests, disable_tqdm)
+        except NotFinite as error:
+            raise _not_finite(requests[error.request]) from error
+        for request, (score, _) in zip(requests, answers, strict=True):
+            if not math.isfinite(score):
+                raise _not_finite(request)
+        records: list[Any] = self._latest if self.mode == "fast" else [None] * len(answers)
+        return list(zip(answers, records, strict=True))
+
+    def _rolling(self, requests: list[Instance], disable_tqdm: bool) -> list[tuple[float, ScoredRecord | None]]:
+        """In mode fast all windows of all texts are scored together; lm-eval would pad batches of them as they come."""
+        if self.mode == "exact":
+            totals = super().loglikelihood_rolling(requests, disable_tqdm)
+            for request, total in zip(requests, totals, strict=True):
+                if not math.isfinite(total):
+                    raise _not_finite(request)
+            return [(total, None) for total in totals]
+        windows: list[TokenRequest] = []
+        texts: list[int] = []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                texts.append(number)
+        try:
+            self._loglikelihood_tokens(windows, disable_tqdm)
+        except NotFinite as error:
+            raise _not_finite(requests[texts[error.request]]) from error
+        zeros = [0.0] * self.members.count
+        totals_of = [ScoredRecord(zeros, zeros, True, 0, 0, math.inf) for _ in requests]
+        for number, record in zip(texts, self._latest, strict=True):
+            totals_of[number] = _sum(totals_of[number], record)
+        found = [replace(record, least_gap=0.0) if record.tokens == 0 else record for record in totals_of]
+        return [(record.running[-1], record) for record in found]
+
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Per request: log-likelihood and whether greedy; in mode fast the records are in ``_latest`` then."""
+        if self.mode == "fast":
+            self._latest = self._scored(requests, disable_tqdm)
+            return [(record.running[-1], record.greedy) for record in self._latest]
+        if self.store is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        return self._stock_batches(requests, disable_tqdm, override_bs, self.store)
+
+    def _scored(self, requests: list[TokenRequest], disable_tqdm: bool) -> list[ScoredRecord]:
+        """Mode fast: a record for each request.
+
+        Raises:
+            NotFinite: names the first request whose score is not.
+        """
+        if self._scorer is None:
+            self._scorer = Scorer(self.model, self.members, self.tokens_per_pass)
+        cut = [truncated(context, continuation, self.max_length) for _, context, continuation in requests]
+        keys = [request_key("loglikelihood", request.context, request.continuation) for request, _ in cut]
+        found: dict[int, ScoredRecord] = {}
+        if self.store is not None:
+            on_disk = {index: self.store.get(key) for index, key in enumerate(keys)}
+            found = {index: record for index, record in on_disk.items() if isinstance(record, ScoredRecord)}
+        self.kept += len(found)
+        with _progress(len(requests), len(found), "log-likelihoods", disable_tqdm) as bar:
+            for batch in self._scorer.scores([request for request, _ in cut], frozenset(found)):
+                new = {
+                    index: ScoredRecord(
+                        running=scored.running,
+                        members=scored.members,
+                        greedy=scored.greedy,
+                        tokens=len(cut[index][0].continuation),
+                        truncated=cut[index][1],
+                        least_gap=scored.least_gap,
+                    )
+                    for index, scored in batch.items()
+                    if index not in found
+                }
+                if self.store is not None:
+                    self.store.add({keys[index]: record for index, record in new.items()})
+                found |= new
+                bar.update(len(new))
+        return [found[index] for index in range(len(requests))]
+
+    def _stock_batches(
+        self, requests: list[TokenRequest], disable_tqdm: bool, override_bs: int | None, store: AnswerStore
+    ) -> list[tuple[float, bool]]:
+        """Mode exact with a store: lm-eval's code, a batch of its own at a time.
+
+        Batches are those of all requests; one that was not finished is computed whole, so that the bits do not depend
+        on when an evaluation was ended.
+        """
+        cut = [truncated(context, continuation, self.max_length) for _, context, continuation in requests]
+        keys = [request_key("loglikelihood", request.context, request.continuation) for request, _ in cut]
+        batches, size = self._batches(requests, override_bs)
+        self.kept += sum(store.get(key) is not None for key in keys)
+        with _progress(len(requests), 0, "log-likelihoods", disable_tqdm) as bar:
+            for batch in batches:
+                if any(store.get(keys[index]) is None for index in batch):
+                    part = [requests[index] for index in batch]
+                    answers = super()._loglikelihood_tokens(part, disable_tqdm=True, override_bs=size)
+                    for index, (score, _) in zip(batch, answers, strict=True):
+                        if not math.isfinite(score):
+                            raise NotFinite(index)
+                    store.add(
+                        {
+                            keys[index]: ScoredRecord([score], [score], greedy, len(cut[index][0].continuation), 0, 0.0)
+                            for index, (score, greedy) in zip(batch, answers, strict=True)
+                        }
+                    )
+                bar.update(len(batch))
+        records = [store.get(key) for key in keys]
+        return [(record.running[-1], record.greedy) for record in records if isinstance(record, ScoredRecord)]
+
+    def _batches(self, requests: list[TokenRequest], override_bs: int | None) -> tuple[list[list[int]], int]:
+        """Indices of the requests in each of lm-eval's batches, and their size in contexts."""
+        if override_bs is not None:
+            return [list(range(len(requests)))], override_bs
+        by_context: dict[tuple[int, ...], list[int]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            key = tuple(context + continuation[:-1]) if self.logits_cache else (index,)
+            by_context.setdefault(key, []).append(index)
+        numbered = [(index, context, continuation) for index, (_, context, continuation) in enumerate(requests)]
+        collator = Collator(
+            numbered,
+            sort_fn=lambda request: (-len(request[1] + request[2]), tuple(request[1] + request[2])),
+            group_by="contexts" if self.logits_cache else None,
+            group_fn=lambda request: request[1] + request[2][:-1],
+        )
+        size = self.batch_size
+        if size == "auto":
+            size = self._detect_batch_size([max(numbered, key=lambda request: len(request[1] + request[2]))], 0)
+        batches = []
+        for batch in collator.get_batched(n=size):
+            contexts = [tuple(context + continuation[:-1]) for _, context, continuation in batch]
+            keys = contexts if self.logits_cache else [(index,) for index, _, _ in batch]
+            batches.append([index for key in keys for index in by_context[key]])
+        return batches, size
+
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``(B, T)`` right-padded tokens to ``(B, T, V)`` scores: logits, or the ensemble's average in float32."""
+        if isinstance(self.members, OneModel):
+            return super()._model_call(inps, attn_mask, labels)
+        average = RunningAverage(self.members.average)
+        for numbers in passes(self.members, len(inps)):
+            with self.members.active(numbers):
+                logits = super()._model_call(inps.repeat(len(numbers), 1))  # (n*B, T, V), member-major
+            average.add(logits.unflatten(0, (len(numbers), -1)))
+        return average.value()
+
+    # Generation
+
+    def _generated(self, requests: list[Instance], disable_tqdm: bool) -> list[tuple[str, GeneratedRecord | None]]:
+        """lm-eval's code, a batch at a time where records or a store ask for it."""
+        if self.mode == "exact" and self.store is None:
+            return [(text, None) for text in super().generate_until(requests, disable_tqdm)]
+        keys = _generation_keys(requests)
+        found: dict[int, GeneratedRecord] = {}
+        with self._batch_size_found():
+            batches = self._generation_batches(requests)
+            if self.store is not None:
+                on_disk = {index: self.store.get(key) for index, key in enumerate(keys)}
+                found = {index: record for index, record in on_disk.items() if isinstance(record, GeneratedRecord)}
+            self.kept += len(found)
+            with _progress(len(requests), len(found), "generated answers", disable_tqdm) as bar:
+                for batch in batches:
+                    if not found.keys() >= set(batch):
+                        part = [requests[index] for index in batch]
+                        records = self._generated_batch(part, seed=int(keys[batch[0]][:8], 16))
+                        new = {i: r for i, r in zip(batch, records, strict=True) if i not in found}
+                        if self.store is not None and not (self.mode == "exact" and _sampled(part[0])):
+                            self.store.add({keys[index]: record for index, record in new.items()})
+                        found |= new
+                        bar.update(len(new))
+        return [(found[i].text, found[i] if self.mode == "fast" else None) for i in range(len(requests))]
+
+    def _generated_batch(self, requests: list[Instance], seed: int) -> list[GeneratedRecord]:
+        """One batch, in lm-eval's order. In mode fast sampling draws from the batch's own seed: what is drawn does not
+        depend on what was generated before, so it is the same after an interruption."""
+        if self.mode == "exact":
+            texts = super().generate_until(requests, disable_tqdm=True)
+            return [GeneratedRecord(text, [], [], [], [], 0.0, 0.0, 0) for text in texts]
+        self._decoder = EnsembleDecoder(self.members, record=True)
+        with torch.random.fork_rng() if _sampled(requests[0]) else nullcontext():
+            if _sampled(requests[0]):
+                torch.manual_seed(seed)
+            texts = super().generate_until(requests, disable_tqdm=True)
+        room = self.max_length - normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)["max_gen_toks"]
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        return [
+            generated_record(self._decoder.steps, row, text, self.tokenizer, max(0, length - room))
+            for row, (text, length) in enumerate(zip(texts, lengths, strict=True))
+        ]
+
+    def _generation_batches(self, requests: list[Instance]) -> list[list[int]]:
+        """Indices of the requests in each of lm-eval's batches, in its order."""
+        collator = Collator(
+            [(*request.args, index) for index, request in enumerate(requests)],
+            sort_fn=lambda request: (-len(self.tok_encode(request[0])), request[0]),
+            group_by="gen_kwargs",
+            group_fn=lambda request: request[1],
+        )
+        return [[index for *_, index in batch] for batch in collator.get_batched(n=self.batch_size)]
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
+        """``(B, T)`` left-padded prompts to ``(B, max_length)`` at most; the ensemble decodes with one shared token."""
+        if self.mode == "fast":
+            generation_kwargs["custom_generate"] = self._decoder
+        elif not isinstance(self.members, OneModel):
+            generation_kwargs["custom_generate"] = EnsembleDecoder(self.members)
+        return super()._model_generate(context=context, max_length=max_length, stop=stop, **generation_kwargs)
+
+    @contextmanager
+    def _batch_size_found(self) -> Iterator[None]:
+        """Inside, ``auto`` is the number that was found: lm-eval would look for it in every batch again."""
+        asked: int | str = self.batch_size
+        if asked == "auto":
+            self.batch_size_per_gpu = self._detect_batch_size()
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = asked
 
     def assert_adapter_active(self) -> None:
         """Make sure that the adapter changes the model's output.
@@ -173,11 +404,46 @@ class EnsembleLM(HFLM):
             )
 
 
-def share(requests: list[Instance], rank: int, ranks: int) -> list[int]:
-    """Indices of the requests that this rank answers.
+def _progress(total: int, done: int, what: str, disable: bool) -> tqdm:
+    """A bar with the time left, as lm-eval draws its own."""
+    return tqdm(total=total, initial=done, desc=f"Computing {what}", disable=disable)
 
-    Documents are dealt out in turn. A document's requests stay together: lm-eval runs choices of one token that share
-    a context in one pass.
-    """
-    documents = itertools.groupby(range(len(requests)), key=lambda i: (requests[i].task_name, requests[i].doc_id))
-    return [index for turn, (_, indices) in enumerate(documents) for index in indices if turn % ranks == rank]
+
+def _sum(left: ScoredRecord, right: ScoredRecord) -> ScoredRecord:
+    """Two windows of one text."""
+    return ScoredRecord(
+        running=[a + b for a, b in zip(left.running, right.running, strict=True)],
+        members=[a + b for a, b in zip(left.members, right.members, strict=True)],
+        greedy=left.greedy and right.greedy,
+        tokens=left.tokens + right.tokens,
+        truncated=left.truncated + right.truncated,
+        least_gap=min(left.least_gap, right.least_gap),
+    )
+
+
+def _sampled(request: Instance) -> bool:
+    """Whether its answer is drawn at random."""
+    return bool(normalize_gen_kwargs(request.args[1], 1)["do_sample"])
+
+
+def _generation_keys(requests: list[Instance]) -> list[str]:
+    """Of each request; repeats of a sampled one are told apart by their number."""
+    seen: dict[str, int] = {}
+    keys = []
+    for request in requests:
+        key = request_key("generate_until", *request.args)
+        seen[key] = seen.get(key, -1) + 1
+        keys.append(request_key("generate_until", *request.args, seen[key]))
+    return keys
+
+
+def _not_finite(request: Instance) -> UserError:
+    """Which request, and what to look at."""
+    text = request.args[0]
+    shown = text if len(text) <= 120 else f"... {text[-120:]}"
+    return UserError(
+        f"task {request.task_name}, document {request.doc_id}: the model's score is not a finite number (NaN or "
+        f"infinite logits), so nothing was scored.\nThe text ends in {shown!r}.\n"
+        "Weights that are not finite or that overflow in their type are the usual reason: try base.dtype=float32 or "
+        "bfloat16, and look at the training's loss."
+    )

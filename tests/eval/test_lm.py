@@ -15,7 +15,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 
-from eval.lm import EnsembleLM, share
+from eval.lm import EnsembleLM
+from eval.lm.members import MaskedMembers
+from eval.lm.sharing import share
 from pipeline.base import load_base
 from pipeline.data import PromptTemplate
 from pipeline.data.tokenise import tokenised_row
@@ -80,7 +82,7 @@ def test_without_an_ensemble_a_4_bit_base_is_stock_lm_evals_too(
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
 def test_log_likelihoods_equal_dense_members_averaged_by_hand(adapted: Any, average: str) -> None:
     ensemble = Ensemble(instances=3, average=average)
-    lm = EnsembleLM(adapted.model, adapted.tokenizer, batch_size=4, dropout=adapted.dropout, ensemble=ensemble)
+    lm = EnsembleLM(adapted.model, adapted.tokenizer, batch_size=4, members=MaskedMembers(adapted.dropout, ensemble))
     found = lm.loglikelihood(loglikelihood_requests(PAIRS), disable_tqdm=True)
     for (context, continuation), (log_likelihood, greedy) in zip(PAIRS, found, strict=True):
         prompt = adapted.tokenizer(context)["input_ids"]
@@ -99,7 +101,9 @@ def test_scores_do_not_depend_on_chunks_of_members(
 ) -> None:
     def scores(limit: int | None) -> dict[str, list[Any]]:
         ensemble = Ensemble(instances=3, average="probabilities", rows_per_pass=limit, balanced=balanced)
-        lm = EnsembleLM(adapted.model, adapted.tokenizer, batch_size=4, dropout=adapted.dropout, ensemble=ensemble)
+        lm = EnsembleLM(
+            adapted.model, adapted.tokenizer, batch_size=4, members=MaskedMembers(adapted.dropout, ensemble)
+        )
         return answers(evaluated(lm, task_folder, ["tiny_choice", "tiny_words", "tiny_text"], limit=4))
 
     whole, chunked = scores(None), scores(rows_per_pass)
@@ -117,7 +121,7 @@ def test_no_pass_is_larger_than_rows_per_pass(adapted: Any, task_folder: Path) -
     rows: list[int] = []
     hook = adapted.model.get_input_embeddings().register_forward_hook(lambda *a: rows.append(a[1][0].shape[0]))
     ensemble = Ensemble(instances=4, rows_per_pass=6)
-    lm = EnsembleLM(adapted.model, adapted.tokenizer, batch_size=16, dropout=adapted.dropout, ensemble=ensemble)
+    lm = EnsembleLM(adapted.model, adapted.tokenizer, batch_size=16, members=MaskedMembers(adapted.dropout, ensemble))
     evaluated(lm, task_folder, ["tiny_choice", "tiny_words"], limit=8)
     hook.remove()
     assert max(rows) == 6
@@ -129,7 +133,7 @@ def test_the_ensemble_differs_from_the_deterministic_adapter_in_every_request_ty
     tasks = ["tiny_choice", "tiny_words", "tiny_text"]
     off = answers(evaluated(EnsembleLM(adapted.model, adapted.tokenizer, batch_size=4), task_folder, tasks))
     lm = EnsembleLM(
-        adapted.model, adapted.tokenizer, batch_size=4, dropout=adapted.dropout, ensemble=Ensemble(instances=2)
+        adapted.model, adapted.tokenizer, batch_size=4, members=MaskedMembers(adapted.dropout, Ensemble(instances=2))
     )
     on = answers(evaluated(lm, task_folder, tasks))
     assert all(off[task] != on[task] for task in tasks)
@@ -189,11 +193,6 @@ def test_more_new_tokens_than_the_context_holds_are_refused(adapted: Any) -> Non
     request = Instance("generate_until", {}, ("The", {"until": ["."], "max_gen_toks": 512}), 0, ("long", 0, 1))
     with pytest.raises(UserError, match="task long: asks for 512 new tokens, but the base's context is 512"):
         lm.generate_until([request])
-
-
-def test_dropout_without_ensemble_is_refused(adapted: Any) -> None:
-    with pytest.raises(ValueError, match="go together"):
-        EnsembleLM(adapted.model, adapted.tokenizer, batch_size=1, dropout=adapted.dropout)
 
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=12), ranks=st.integers(1, 5))

@@ -19,6 +19,7 @@ from lm_eval.api.instance import Instance
 from peft import get_peft_model, get_peft_model_state_dict
 
 from eval.lm import EnsembleLM
+from eval.lm.members import MaskedMembers
 from pipeline.adapter.config import lora_config
 from pipeline.adapter.files import adapter_dropout, load_adapter, read_settings, save_adapter, settings_of
 from pipeline.base import load_base, load_tokenizer
@@ -184,7 +185,7 @@ def test_members_in_a_process_without_our_code(
 
     for average in ("logits", "probabilities"):
         ensemble = Ensemble(instances=MEMBERS, average=average)
-        lm = EnsembleLM(model, tokenizer, batch_size=1, dropout=dropout, ensemble=ensemble)
+        lm = EnsembleLM(model, tokenizer, batch_size=1, members=MaskedMembers(dropout, ensemble))
         sums = []
         for text, row in enumerate(ids):
             members = torch.stack([stock[number][text] for number in range(MEMBERS)])  # (N, T, V)

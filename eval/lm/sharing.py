@@ -1,0 +1,42 @@
+"""Requests split over processes, each of which holds a whole model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+
+Answer = TypeVar("Answer")
+
+
+def shared_answers(
+    answers: Callable[[list[Instance], bool], Sequence[Answer]],
+    requests: list[Instance],
+    disable_tqdm: bool,
+    group: dist.ProcessGroup | None,
+) -> list[Answer]:
+    """All answers, each computed by one of the group's processes; all of them here where there is no group.
+
+    lm-eval's own split needs accelerate, repeats requests to even the ranks out, returns samples out of order and fails
+    on tasks with fewer documents than ranks.
+    """
+    if group is None:
+        return list(answers(requests, disable_tqdm))
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    indices = share(requests, rank, ranks)
+    mine = answers([requests[index] for index in indices], disable_tqdm or rank != 0) if indices else []
+    gathered: list[list[tuple[int, Answer]]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(gathered, list(zip(indices, mine, strict=True)), group=group)
+    return [answer for _, answer in sorted(itertools.chain(*gathered), key=lambda pair: pair[0])]
+
+
+def share(requests: list[Instance], rank: int, ranks: int) -> list[int]:
+    """Indices of the requests that this rank answers.
+
+    Documents are dealt out in turn. A document's requests stay together: they share their context.
+    """
+    documents = itertools.groupby(range(len(requests)), key=lambda i: (requests[i].task_name, requests[i].doc_id))
+    return [index for turn, (_, indices) in enumerate(documents) for index in indices if turn % ranks == rank]
