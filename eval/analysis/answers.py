@@ -41,7 +41,7 @@ RUNNING_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Answers:
-    """Common to all kinds."""
+    """Common to all kinds; all there is of a kind that is none of those below."""
 
     task: str
     doc_ids: Ints
@@ -66,6 +66,8 @@ class Answers:
     """Whether the samples hold our records; if not, members are copies of the one answer."""
     scores: Mapping[str, Floats]
     """``(D,)`` lm-eval's own numbers per document, by metric (generation: by ``metric,filter``)."""
+    scored: tuple[str, ...]
+    """The metrics that lm-eval scores the task by, in its order."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,6 @@ class ChoiceAnswers(Answers):
     """``(D,)`` Jensen gap, in nats, summed over all choices' tokens."""
     least_gap: float
     """The smallest of any token; nan without records."""
-    scored: tuple[str, ...]
-    """The metrics that lm-eval scores the task by, in its order."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ AnyAnswers = ChoiceAnswers | GeneratedAnswers | RollingAnswers
 def answers_of(task: str, samples: Sequence[Sample]) -> AnyAnswers | None:
     """The arrays of the task's kind, told by the arguments of its requests; None for a kind that has none.
 
-    That is multiple choice without one right choice (several are right, or none), scored by the task's own code.
+    That is multiple choice without one right choice (several are right, or none), scored by the task's own code: see
+    :func:`plain_answers`.
 
     Raises:
         ValueError: no documents; a log-likelihood that is not finite; samples that contradict lm-eval's own score.
@@ -167,6 +168,12 @@ def answers_of(task: str, samples: Sequence[Sample]) -> AnyAnswers | None:
     if all(gold is None for gold in golds) and all(len(sample["arguments"]) == 1 for sample in samples):
         return rolling_answers(task, samples)
     return choice_answers(task, samples) if None not in golds and min(golds) >= 0 else None
+
+
+def plain_answers(task: str, samples: Sequence[Sample]) -> Answers:
+    """What samples of every kind have: lm-eval's numbers of the first filter."""
+    rows = documents(task, first_filter(samples))
+    return Answers(**common_columns(task, rows, [row["lora_dropout"]["requests"] for row in rows]))
 
 
 def choice_answers(task: str, samples: Sequence[Sample]) -> ChoiceAnswers:
@@ -211,7 +218,6 @@ def choice_answers(task: str, samples: Sequence[Sample]) -> ChoiceAnswers:
         tokens=summed(records, "tokens"),
         token_gap=gaps.sum(axis=1),
         least_gap=least_gap(records),
-        scored=tuple(rows[0]["metrics"]),
     )
 
 

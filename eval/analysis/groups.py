@@ -32,7 +32,6 @@ def joined_choices(name: str, parts: Sequence[ChoiceAnswers]) -> ChoiceAnswers:
         tokens=np.concatenate([part.tokens for part in parts]),
         token_gap=np.concatenate([part.token_gap for part in parts]),
         least_gap=min(part.least_gap for part in parts),
-        scored=tuple(m for m in parts[0].scored if all(m in part.scored for part in parts)),
     )
 
 
@@ -54,6 +53,7 @@ def _joined(parts: Sequence[Answers]) -> dict[str, Any]:
             for name in parts[0].scores
             if all(name in part.scores for part in parts)
         },
+        "scored": tuple(name for name in parts[0].scored if all(name in part.scored for part in parts)),
     }
 
 

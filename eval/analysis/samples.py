@@ -96,6 +96,7 @@ def common_columns(task: str, rows: Sequence[Sample], records: Records) -> dict[
         "truncated": np.array([max((r["truncated"] for r in of), default=0) for of in records], dtype=np.int64),
         "recorded": all(records),
         "scores": {name: numbers(rows, name) for name in rows[0]["metrics"] if is_numeric(rows, name)},
+        "scored": tuple(rows[0]["metrics"]),
     }
 
 
