@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -24,12 +25,19 @@ def _print_error(message: str) -> None:
     Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(message))
 
 
+@contextmanager
+def told_errors() -> Iterator[None]:
+    """Say bad input in words, and exit with its status."""
+    try:
+        yield
+    except UserError as error:
+        _print_error(str(error))
+        sys.exit(BAD_INPUT)
+
+
 def run_command(command: Callable[..., None]) -> None:
     """Parse the command line, run, and exit with the status that tells what happened."""
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     application.command()(command)
-    try:
+    with told_errors():
         application()
-    except UserError as error:
-        _print_error(str(error))
-        sys.exit(BAD_INPUT)
