@@ -1,7 +1,8 @@
 """The recipe's tasks as lm-eval objects: lm-eval's own by name, ours in ``eval/tasks``, yours as YAML files.
 
-A task file that reads local data names a loader by lm-eval's own key ``custom_dataset: !function module.function``;
-the recipe's ``eval.data_folder`` reaches it as the argument ``data_folder``. Its code runs when the task is loaded.
+Those in ``eval/tasks`` read local files (``eval/local_task.py``). The recipe's ``eval.data_folder`` is ``data_folder``
+in the metadata of every task, so the function of lm-eval's own key ``custom_dataset`` gets it as an argument too. What a
+task file names with ``!function`` runs when the task is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pipeline.recipe import Recipe, schema
 
 OUR_TASKS = Path(__file__).with_name("tasks")
 MEMBER = "::"
-"""lm-eval's mark between a group and a task that is written inside the group's file, e.g. ``local_mmlu::anatomy``."""
+"""lm-eval's mark between a group and a task that is written inside the group's file, e.g. ``my_group::my_task``."""
 
 TASK_FILE_ERRORS = (
     OSError,  # no such file or dataset, no network
