@@ -8,6 +8,7 @@ Legend: K draws at a time, D documents, C clusters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -15,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student_t
 
 from eval.statistics.weighted import Values
 
@@ -23,6 +25,8 @@ Statistic = Callable[[Values], Values]
 Method = Literal["percentile", "bca"]
 DRAWS = 2000
 SEED = 20240415
+LEAST_CLUSTERS = 5
+"""Fewest independent units of an interval."""
 STRATA_TO_RESAMPLE = 20
 """Fewest strata whose own resampling says something."""
 MOST_UNDEFINED = 0.05
@@ -64,6 +68,11 @@ class Sampling:
     def clusters(self) -> int:
         """C."""
         return self.stratum_first.size
+
+    @property
+    def strata(self) -> int:
+        """S."""
+        return np.unique(self.stratum_first).size
 
 
 def sampling(clusters: ArrayLike, strata: ArrayLike) -> Sampling:
@@ -151,47 +160,72 @@ def acceleration(plan: Sampling, jackknife: Values) -> float:
     return float(every * (influence**3).sum() / (6 * squares**1.5)) if squares > 0 else 0.0
 
 
-def _bca_levels(values: Values, value: float, skewness: float, confidence: float) -> tuple[float, float]:
-    """The quantiles of the draws that bound the interval (Efron 1987, JASA 82, eq. 2.3)."""
+def expanded_z(plan: Sampling, confidence: float) -> float:
+    """Normal quantile of the interval's ends, wider for few clusters (Hesterberg 2015, Am. Stat. 69, section 4.3).
+
+    Draws of C clusters vary by the share (C - 1) / C of what they should, and know their own variance with C - 1
+    degrees of freedom; in S strata the two are (C - S) / C and C - S.
+    """
+    freedom = plan.clusters - plan.strata
+    return float(student_t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(plan.clusters / freedom)
+
+
+def bca_levels(values: Values, value: float, skewness: float, z: float) -> tuple[float, float]:
+    """The quantiles of the draws that bound the interval (Efron 1987, JASA 82, eq. 2.3); draws at the value half."""
     near = np.isclose(values, value, rtol=1e-12, atol=1e-14)
     share = float((np.count_nonzero((values < value) & ~near) + np.count_nonzero(near) / 2) / values.size)
     bias = _NORMAL.inv_cdf(min(max(share, 0.5 / values.size), 1 - 0.5 / values.size))
 
-    def level(z: float) -> float:
-        return _NORMAL.cdf(bias + (bias + z) / (1 - skewness * (bias + z)))
+    def level(end: float) -> float:
+        return _NORMAL.cdf(bias + (bias + end) / (1 - skewness * (bias + end)))
 
-    z = _NORMAL.inv_cdf((1 + confidence) / 2)
     return level(-z), level(z)
 
 
 def bounds(
     values: Values, value: float, jackknife: Values, plan: Sampling, method: Method, confidence: float
 ) -> tuple[float, float]:
-    """Ends of the interval, from draws ``(K,)`` that all have a value and are not all equal."""
-    tail = (1 - confidence) / 2
-    levels = (tail, 1 - tail)
+    """Ends of the interval, from draws ``(draws,)`` that all have a value, of at least ``LEAST_CLUSTERS``."""
+    z = expanded_z(plan, confidence)
+    levels = (_NORMAL.cdf(-z), _NORMAL.cdf(z))
     if method == "bca":
-        levels = _bca_levels(values, value, acceleration(plan, jackknife), confidence)
+        levels = bca_levels(values, value, acceleration(plan, jackknife), z)
     low, high = np.quantile(values, levels)
     return float(low), float(high)
 
 
-def _interval(
-    value: float, values: Values, jackknife: Values, plan: Sampling, method: Method, confidence: float, unit: str
-) -> Interval:
+def _no_interval(value: float, values: Values, plan: Sampling) -> str:
+    """Why there is none; empty where there is one."""
     undefined = int(np.isnan(values).sum())
     if np.isnan(value):
-        return Interval(None, None, None, values.size, undefined, "not defined on these documents")
-    found = values[~np.isnan(values)]
+        return "not defined on these documents"
+    if plan.clusters - plan.strata + 1 < LEAST_CLUSTERS:
+        return f"no interval: fewer than {LEAST_CLUSTERS} documents or clusters that could be others"
     if undefined > MOST_UNDEFINED * values.size:
-        words = f"no interval: not defined in {undefined} of {values.size} bootstrap draws"
-        return Interval(value, None, None, values.size, undefined, words)
+        return f"no interval: not defined in {undefined:,} of {values.size:,} bootstrap draws"
+    found = values[~np.isnan(values)]
     if np.allclose(found, found[0], rtol=1e-12, atol=1e-14):
-        words = f"no interval: the same in all {values.size} bootstrap draws"
-        return Interval(value, None, None, values.size, undefined, words)
-    low, high = bounds(found, value, jackknife, plan, method, confidence)
-    words = f"bootstrap{unit}, {values.size:,} draws"
-    return Interval(value, low, high, values.size, undefined, words)
+        return f"no interval: the same in all {values.size:,} bootstrap draws"
+    return ""
+
+
+def interval_of(
+    value: float, values: Values, jackknife: Values, plan: Sampling, method: Method, confidence: float = 0.95
+) -> Interval:
+    """The interval of one score, or why there is none.
+
+    Args:
+        value: on the documents as they are; NaN where it is not defined.
+        values: ``(draws,)`` in the rows of ``resamples``.
+        jackknife: in the rows of ``leave_one_out``; not read by ``percentile``.
+    """
+    undefined = int(np.isnan(values).sum())
+    reason = _no_interval(value, values, plan)
+    if reason:
+        return Interval(None if np.isnan(value) else value, None, None, values.size, undefined, reason)
+    low, high = bounds(values[~np.isnan(values)], value, jackknife, plan, method, confidence)
+    unit = (" of clusters" if plan.clusters < plan.cluster_of.size else "") + (" within strata" * (plan.strata > 1))
+    return Interval(value, low, high, values.size, undefined, f"bootstrap{unit}, {values.size:,} draws")
 
 
 def intervals(
@@ -213,18 +247,16 @@ def intervals(
         ValueError: as ``sampling``.
     """
     plan = sampling(clusters, strata)
-    documents, pools = plan.cluster_of.size, np.unique(plan.stratum_first).size
-    unit = (" of clusters" if plan.clusters < documents else "") + (" within strata" if pools > 1 else "")
-    whole = np.ones((1, documents))
-    values = _values(statistics, resamples(plan, draws, seed))
-    jackknife = _values(statistics, leave_one_out(plan)) if method == "bca" else {name: whole[0] for name in values}
+    whole = np.ones((1, plan.cluster_of.size))
+    values = values_of(statistics, resamples(plan, draws, seed))
+    jackknife = values_of(statistics, leave_one_out(plan) if method == "bca" else iter(()))
     return {
-        name: _interval(float(statistic(whole)[0]), values[name], jackknife[name], plan, method, confidence, unit)
+        name: interval_of(float(statistic(whole)[0]), values[name], jackknife[name], plan, method, confidence)
         for name, statistic in statistics.items()
     }
 
 
-def _values(statistics: Mapping[str, Statistic], weightings: Iterator[Values]) -> dict[str, Values]:
+def values_of(statistics: Mapping[str, Statistic], weightings: Iterator[Values]) -> dict[str, Values]:
     """``(rows,)`` of every score, over all weightings."""
     found: dict[str, list[Values]] = {name: [np.empty(0)] for name in statistics}
     for weights in weightings:
