@@ -59,7 +59,7 @@ class Bin(Part):
 
 
 class BrierParts(Part):
-    """Brier score = reliability - resolution + uncertainty + within_bin, of the confidence in the given answer."""
+    """`brier_of_answer` = reliability - resolution + uncertainty + within_bin, over the 15 equal-width bins."""
 
     reliability: float
     resolution: float
@@ -122,7 +122,7 @@ class Confidence(Part):
     bins: list[Bin]
     risk_coverage: list[tuple[float, float]]
     metrics: dict[str, Estimate]
-    """`brier`, `auroc`, `aurc`, `overconfidence`."""
+    """`brier_of_answer`, `auroc`, `aurc`, `overconfidence`."""
 
 
 class TaskAnalysis(Part):
@@ -137,7 +137,8 @@ class TaskAnalysis(Part):
     primary: str
     """Key in ``metrics`` of the score that comparisons test."""
     metrics: dict[str, Estimate]
-    """`acc` (and `acc_norm`, `f1`, `mcc`), `nll`, `calibrated_nll`, `brier`, `auroc`, `aurc`, `overconfidence`;
+    """`acc` (and `acc_norm`, `f1`, `mcc`), `nll`, `calibrated_nll`, `brier` (of all choices, 0 to 2),
+    `brier_of_answer` (of the confidence in the given answer, 0 to 1), `auroc`, `aurc`, `overconfidence`;
     `exact_match,<filter>`; `bits_per_byte`, `word_perplexity` ...: lm-eval's names where it has the score."""
     ece: CalibrationError | None = None
     """15 equal-width bins."""
@@ -152,8 +153,8 @@ class TaskAnalysis(Part):
     """(coverage, risk), at most 100 points."""
     curve: list[CurvePoint] = []
     confidences: dict[str, Confidence] = {}
-    """Generation: by `length_normalised,<filter>` and `first_answer_token,<filter>`. The fields above, `brier` to
-    `overconfidence` among the metrics too, are those of the length-normalised one against the primary score."""
+    """Generation: by `length_normalised,<filter>` and `first_answer_token,<filter>`. The fields above, and the same
+    names among the metrics, are those of the length-normalised one against the primary score."""
     sampled_subjects: dict[str, Estimate] = {}
     """A sensitivity, not the interval: groups of 20 subjects and more, as if the subjects too were a sample."""
     mistakes: list[Mistake] = []
