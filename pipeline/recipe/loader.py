@@ -12,7 +12,8 @@ import yaml
 from pipeline.recipe.json_schema import Schema, arms, child_schema, recipe_schema
 from pipeline.recipe.nodes import Node, Yaml12Dumper, merged, overridden, read_file, read_text
 from pipeline.recipe.problems import Place, Problem, RecipeError, shown
-from pipeline.recipe.schema import LOCAL_OR_HUB, Recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.section import LOCAL_OR_HUB
 from pipeline.recipe.validation import validated
 
 COMMAND_LINE = Place(None)

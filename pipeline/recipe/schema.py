@@ -1,6 +1,7 @@
 """The recipe: one typed, frozen tree. Every section documents its own keys.
 
-Reading, overriding and error messages are in ``loader.py``; ``training.py`` holds what trl's SFTConfig may be given.
+Reading, overriding and error messages are in ``loader.py``; ``evaluation.py`` holds the section ``eval``,
+``training.py`` what trl's SFTConfig may be given.
 Nothing here imports torch, so that ``--help`` and the schema stay instant.
 """
 
@@ -8,36 +9,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-LOCAL_OR_HUB = "local-or-hub"
-"""JSON schema format of a string that names a local path or a Hub id.
-
-In a recipe file, a value that starts with ``./`` or ``../`` is relative to that file; on the command line it is
-relative to the working directory. ``~/`` is the home folder. Anything else is a path if it exists, else a Hub id.
-"""
-
-PathOrHubId = Annotated[str, Field(json_schema_extra={"format": LOCAL_OR_HUB})]
+from pipeline.recipe.evaluation import Ensemble as Ensemble
+from pipeline.recipe.evaluation import Eval
+from pipeline.recipe.evaluation import McDropout as McDropout
+from pipeline.recipe.section import Contradiction, PathOrHubId, Section
 
 FORMAT_COLUMNS = {"alpaca": ("instruction", "input", "output"), "prompt-completion": ("prompt", "completion")}
 """Columns of each data format; the last is the completion."""
-
-
-class Contradiction(ValueError):
-    """Values that are right one by one, but not together."""
-
-    def __init__(self, *problems: tuple[tuple[str, ...], str]) -> None:
-        """Each problem: the dotted keys it concerns, relative to the section that raises, and what to do."""
-        self.problems = problems
-        super().__init__("; ".join(message for _, message in problems))
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values never change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Base(Section):
@@ -336,72 +316,6 @@ class Distributed(Section):
     """ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also the (4-bit) weights."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep optimizer states (ZeRO 1-3), or weights too (ZeRO 3), in CPU memory."""
-
-
-class Ensemble(Section):
-    """Test-time ensemble over mask instances (equation 8)."""
-
-    instances: int = Field(default=8, ge=1)
-    """Members N. 1 is a single masked model."""
-    average: Literal["logits", "probabilities"] = "logits"
-    """What is averaged over the members at every token."""
-    balanced: bool = False
-    """Members keep each feature about (1-p) N times between them: better with few members, which belong together."""
-    seed: int | None = Field(default=None, ge=0, lt=2**32)
-    """Of the members' masks; none takes the adapter's own. Three or more show the ensemble's own noise."""
-    rows_per_pass: int | None = Field(default=None, ge=1)
-    """Most rows (members x requests) in one forward pass, where memory is short; same results."""
-
-
-class McDropout(Section):
-    """Baseline: Monte Carlo dropout, peft's `lora_dropout` on the adapter's input left on at test time."""
-
-    instances: int = Field(default=8, ge=1)
-    """Passes N, each with noise of its own."""
-    rate: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """None takes the rate that the adapter was trained with (`adapter.input_dropout`)."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of the noise."""
-
-
-class Eval(Section):
-    """The lm-evaluation-harness stage."""
-
-    tasks: list[PathOrHubId] = []
-    """lm-eval task names, names from eval/tasks, or paths of task YAML files. Empty: no evaluation stage."""
-    task_folders: list[PathOrHubId] = []
-    """More folders with lm-eval task files. A task file may run Python code (`!function`): only files you trust."""
-    data_folder: PathOrHubId | None = None
-    """Folder of the local task data that eval/tasks reads; the LORA_DROPOUT_DATA variable is its default."""
-    num_fewshot: int | None = Field(default=None, ge=0)
-    """Examples before each question; none keeps each task's own number."""
-    limit: int | None = Field(default=None, ge=1)
-    """Evaluate only the first documents of each task (the report says so)."""
-    mode: Literal["auto", "exact", "fast"] = "auto"
-    """`exact`: lm-eval's own code, bit for bit. `fast`: shared prompt beginnings are computed once, batches are cut by
-    tokens, scores are float32, curves over members are kept. `auto`: fast where an ensemble is among the systems, so
-    that all are scored alike, else exact."""
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
-    """Requests per forward pass, before the ensemble multiplies them, in mode exact and in generation."""
-    tokens_per_pass: int | None = Field(default=None, ge=1)
-    """Most new tokens (of all members) in one forward pass of mode fast; none asks the device."""
-    keep_answers: bool = True
-    """Keep finished answers on disk, so that an evaluation that was ended goes on where it stopped."""
-    prompt: Literal["task", "training"] = "task"
-    """`task`: lm-eval's own prompt. `training`: the same text as instruction in the training prompt."""
-    systems: list[Literal["base", "deterministic", "ensemble", "mc_dropout", "deep_ensemble"]] = [
-        "base",
-        "deterministic",
-        "ensemble",
-    ]
-    """What is evaluated, on the same base: without adapter, adapter without masks, ensemble over masks, and the
-    baselines Monte Carlo dropout and an ensemble of several adapters."""
-    ensemble: Ensemble = Ensemble()
-    """The ensemble."""
-    mc_dropout: McDropout = McDropout()
-    """The baseline of that name."""
-    deep_ensemble: list[str] = []
-    """Folders of further adapters, of other training seeds, that the baseline of that name averages with this one."""
 
 
 class Recipe(Section):

@@ -18,7 +18,8 @@ from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationErro
 from pipeline.recipe.json_schema import Schema, all_keys
 from pipeline.recipe.nodes import Node
 from pipeline.recipe.problems import Problem, shown
-from pipeline.recipe.schema import Contradiction, Recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.section import Contradiction
 from pipeline.recipe.words import expected, hint
 
 _DEEPSPEED = "DeepSpeed shards and reduces here: see distributed"

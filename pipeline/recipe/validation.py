@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from pipeline.recipe.json_schema import Schema, all_keys, arms, known_keys, recipe_schema, schema_at
 from pipeline.recipe.nodes import Node, edited
 from pipeline.recipe.problems import KeyPath, Problem, close_names, display_key, shown
-from pipeline.recipe.schema import Contradiction, Recipe
+from pipeline.recipe.schema import Recipe
+from pipeline.recipe.section import Contradiction
 from pipeline.recipe.training import sft_contradictions, sft_field_names, training_problems
 from pipeline.recipe.words import expected, hint
 
