@@ -19,6 +19,7 @@ from lm_eval.api.metrics import acc_all, acc_all_stderr, mean, mean_stderr
 from lm_eval.api.task import Task
 from lm_eval.utils import handle_non_serializable
 
+from eval.analysis.schema import TaskAnalysis
 from eval.lm import EnsembleLM
 from eval.report import write_report
 from eval.tasks import leaf_tasks
@@ -51,6 +52,8 @@ class SystemScores:
     """``exact`` or ``fast``."""
     kept: int
     """Requests whose answer was taken from disk."""
+    analysis: dict[str, TaskAnalysis]
+    """By task and group."""
 
 
 def add_records(samples: dict[str, list[dict[str, Any]]], lm: EnsembleLM, tasks: list[Task | Group]) -> None:
@@ -146,6 +149,7 @@ def our_section(
                 "peak_memory_bytes": scores.peak_gpu_bytes,
                 "mode": scores.mode,
                 "kept": scores.kept,
+                "analysis": {task: found.model_dump() for task, found in scores.analysis.items()},
             }
             for system, scores in finished.items()
         },

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 from transformers.integrations import unset_hf_deepspeed_config
 
+from eval.analysis.analyse import analyse
 from eval.lm import EnsembleLM
 from eval.lm.settings import answer_settings
 from eval.lm.store import AnswerStore
@@ -196,10 +197,12 @@ def system_scores(lm: EnsembleLM, tasks: list[Task | Group], section: schema.Eva
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     results = dict(results or {})
     samples = results.pop("samples", {})
+    analysis = {}
     if results:
         add_stderrs(results, samples, tasks)
         add_records(samples, lm, tasks)
-    return SystemScores(results, samples, lm.requests, lm.seconds, peak, mode=lm.mode, kept=lm.kept)
+        analysis = analyse(samples, results)
+    return SystemScores(results, samples, lm.requests, lm.seconds, peak, lm.mode, lm.kept, analysis)
 
 
 @contextmanager
