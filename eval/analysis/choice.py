@@ -6,7 +6,6 @@ Legend: D documents, C choices, N members.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 from scipy.special import softmax
@@ -84,9 +83,9 @@ def choice_scores(answers: ChoiceAnswers, loglikelihoods: Floats, fitted: CrossF
     return {
         "acc": mean_of(correct.astype(np.float64), True, percent=True),
         **_two_class_scores(answers, picked),
-        "nll": Score(partial(weighted.mean, values=choice_nll(loglikelihoods, answers.gold)), False),
-        **({"calibrated_nll": Score(partial(weighted.mean, values=fitted.nll), False)} if fitted else {}),
-        "brier": Score(partial(weighted.mean, values=choice_brier(probabilities, answers.gold)), False),
+        "nll": Score(weighted.mean, (choice_nll(loglikelihoods, answers.gold),), False),
+        **({"calibrated_nll": Score(weighted.mean, (fitted.nll,), False)} if fitted else {}),
+        "brier": Score(weighted.mean, (choice_brier(probabilities, answers.gold),), False),
         **confidence_scores(probabilities.max(axis=1), correct),
     }
 
@@ -107,8 +106,8 @@ def _two_class_scores(answers: ChoiceAnswers, picked: Ints) -> dict[str, Score]:
     if max(answers.gold.max(), picked.max()) > 1 or len(np.unique(answers.strata)) > 1:
         return {}
     found = {
-        "f1": Score(partial(weighted.f1, predicted=picked, gold=answers.gold), True, percent=True),
-        "mcc": Score(partial(weighted.matthews, predicted=picked, gold=answers.gold), True),
+        "f1": Score(weighted.f1, (picked, answers.gold), True, percent=True),
+        "mcc": Score(weighted.matthews, (picked, answers.gold), True),
     }
     return {name: score for name, score in found.items() if name in answers.scored}
 

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from eval.analysis.samples import Bools, Floats, Ints
 from eval.analysis.schema import Bin, BrierParts, CalibrationError, Estimate
 from eval.calibration import brier, ece, selective
 from eval.statistics import weighted
-from eval.statistics.bootstrap import SEED, STRATA_TO_RESAMPLE, Interval, Statistic, intervals, intervals_over_strata
+from eval.statistics.bootstrap import SEED, STRATA_TO_RESAMPLE, Interval, intervals, intervals_over_strata
 from eval.statistics.proportions import wilson
+from eval.statistics.weighted import Values
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score of documents, each counting as often as its weight says."""
+    """A score of documents, each counting as often as its weight says.
 
-    statistic: Statistic
+    Its columns are kept apart, so that a comparison can put two runs' side by side.
+    """
+
+    score: Callable[..., Values]
+    """From weights ``(K, D)`` and the columns to ``(K,)``."""
+    columns: tuple[npt.NDArray[Any], ...]
+    """``(D,)`` each."""
     higher_is_better: bool | None
     percent: bool = False
     right: Bools | None = None
     """``(D,)`` where the score is the share of right answers: independent ones get Wilson's interval."""
 
+    def statistic(self, weights: Values) -> Values:
+        """``(K,)`` from ``(K, D)``; nan in rows whose documents give no score."""
+        return self.score(weights, *self.columns)
+
 
 def mean_of(values: Floats, higher_is_better: bool | None, percent: bool = False) -> Score:
     """Mean over documents of ``(D,)``; a share where all values are 0 or 1."""
     share = bool(np.isin(values, (0, 1)).all())
-    return Score(
-        partial(weighted.mean, values=values), higher_is_better, percent or share, values == 1 if share else None
-    )
+    right = values == 1 if share else None
+    return Score(weighted.mean, (values,), higher_is_better, percent or share, right)
 
 
 def point(score: Score, documents: int) -> float:
@@ -102,12 +113,10 @@ def _estimate(interval: Interval, score: Score) -> Estimate:
 def confidence_scores(confidences: Floats, correct: Bools) -> dict[str, Score]:
     """What confidence in the given answers ``(D,)`` is worth, against whether they are right ``(D,)``."""
     return {
-        "brier_of_answer": Score(partial(weighted.mean, values=(confidences - correct) ** 2), False),
-        "auroc": Score(partial(weighted.auroc, scores=confidences, positive=correct), True),
-        "aurc": Score(partial(weighted.aurc, confidences=confidences, correct=correct), False),
-        "overconfidence": Score(
-            partial(weighted.overconfidence, confidences=confidences, correct=correct), None, percent=True
-        ),
+        "brier_of_answer": Score(weighted.mean, ((confidences - correct) ** 2,), False),
+        "auroc": Score(weighted.auroc, (confidences, correct), True),
+        "aurc": Score(weighted.aurc, (confidences, correct), False),
+        "overconfidence": Score(weighted.overconfidence, (confidences, correct), None, percent=True),
     }
 
 

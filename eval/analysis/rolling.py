@@ -6,8 +6,6 @@ Legend: D documents, N members.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 
@@ -51,16 +49,16 @@ def rolling_scores(answers: RollingAnswers, loglikelihoods: Floats) -> dict[str,
     """lm-eval's perplexities where the task has them, and the loss per document and token, from ``(D,)`` nats."""
     found = {}
     if answers.greedy is not None:
-        found["nll"] = Score(partial(weighted.mean, values=-loglikelihoods), False)
+        found["nll"] = Score(weighted.mean, (-loglikelihoods,), False)
         if "perplexity" in answers.scored:
-            found["perplexity"] = Score(_exp(partial(weighted.mean, values=-loglikelihoods)), False)
+            found["perplexity"] = Score(_perplexity, (-loglikelihoods, np.ones(len(loglikelihoods))), False)
     if answers.tokens.all():
         found["nll_per_token"] = _per(loglikelihoods, answers.tokens.astype(np.float64))
     if answers.words is not None:
-        found["word_perplexity"] = Score(_exp(_per(loglikelihoods, answers.words).statistic), False)
+        found["word_perplexity"] = Score(_perplexity, (-loglikelihoods, answers.words), False)
     if answers.bytes is not None:
         if "byte_perplexity" in answers.scored:
-            found["byte_perplexity"] = Score(_exp(_per(loglikelihoods, answers.bytes).statistic), False)
+            found["byte_perplexity"] = Score(_perplexity, (-loglikelihoods, answers.bytes), False)
         if "bits_per_byte" in answers.scored:
             found["bits_per_byte"] = _per(loglikelihoods, answers.bytes * math.log(2))
     return found
@@ -97,15 +95,12 @@ def plain_analysis(answers: Answers, own: OwnScores, draws: int) -> TaskAnalysis
 
 
 def _per(loglikelihoods: Floats, units: Floats) -> Score:
-    return Score(partial(weighted.ratio, numerators=-loglikelihoods, denominators=units), False)
+    return Score(weighted.ratio, (-loglikelihoods, units), False)
 
 
-def _exp(statistic: Callable[[Values], Values]) -> Callable[[Values], Values]:
-    def exponential(weights: Values) -> Values:
-        found: Values = np.exp(statistic(weights))
-        return found
-
-    return exponential
+def _perplexity(weights: Values, losses: Floats, units: Floats) -> Values:
+    found: Values = np.exp(weighted.ratio(weights, losses, units))
+    return found
 
 
 def _jensen(answers: RollingAnswers) -> JensenGap | None:
