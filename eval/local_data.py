@@ -275,7 +275,7 @@ def _tsv_rows(path: Path, columns: list[str] | None = None) -> list[Row]:
 
 def _csv_rows(path: Path, columns: list[str] | None = None) -> list[Row]:
     """Cells between commas, quoted where they hold commas or line breaks; arguments as in :func:`_tsv_rows`."""
-    reader = csv.reader(io.StringIO(_text(path)), strict=True)
+    reader = csv.reader(io.StringIO(_characters(path), newline=""), strict=True)
     try:
         lines = [(reader.line_num, cells) for cells in reader if cells]
     except csv.Error as error:
@@ -297,7 +297,12 @@ def _table(path: Path, lines: list[tuple[int, list[str]]], columns: list[str] | 
 
 def _text(path: Path) -> str:
     """A file's text, without a byte order mark, with newlines as line ends."""
+    return _characters(path).replace("\r\n", "\n")
+
+
+def _characters(path: Path) -> str:
+    """A file's text as it stands, but for a byte order mark."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error

@@ -1,8 +1,8 @@
 """The recipe's tasks as lm-eval objects: lm-eval's own by name, ours in ``eval/tasks``, yours as YAML files.
 
 Those in ``eval/tasks`` read local files (``eval/local_task.py``). The recipe's ``eval.data_folder`` is ``data_folder``
-in the metadata of every task, so the function of lm-eval's own key ``custom_dataset`` gets it as an argument too. What a
-task file names with ``!function`` runs when the task is loaded.
+in the metadata of every task, so the function of lm-eval's own key ``custom_dataset`` gets it as an argument too. What
+a task file names with ``!function`` runs when the task is loaded.
 """
 
 from __future__ import annotations

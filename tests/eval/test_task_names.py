@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from lm_eval.api.group import Group
+from task_data import write_data
 
 from eval.prompt import TrainingPrompt
-from eval.tasks import check_tasks, leaf_tasks, load_tasks
+from eval.tasks import OUR_TASKS, check_tasks, leaf_tasks, load_tasks
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Base, Data, Eval, Recipe, Source
 
@@ -68,6 +69,14 @@ def test_an_unknown_name_gets_the_nearest_known_ones(task_folder: Path) -> None:
         load_tasks(Eval(tasks=["tiny_choise", "arc_eazy"], task_folders=[str(task_folder)]))
     assert "'tiny_choise'" in str(error.value) and "did you mean tiny_choice" in str(error.value)
     assert "'arc_eazy'" in str(error.value) and "arc_easy" in str(error.value), "lm-eval's own names are searched too"
+
+
+def test_an_mmlu_subject_is_a_task_of_its_own(tmp_path: Path) -> None:
+    write_data(tmp_path, [path.stem for path in (OUR_TASKS / "mmlu").glob("[!_]*.yaml")])
+    with pytest.raises(UserError, match="no task 'local_mmlu::anatomy'; did you mean local_mmlu_anatomy"):
+        load_tasks(Eval(tasks=["local_mmlu::anatomy"], data_folder=str(tmp_path)))
+    with pytest.raises(UserError, match="local_mmlu_virology is asked for twice"):
+        load_tasks(Eval(tasks=["local_mmlu_other", "local_mmlu_virology"], data_folder=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

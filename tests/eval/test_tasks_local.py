@@ -1,23 +1,179 @@
-"""The task files: they build, their documents are right, and their prompts are lm-eval's own."""
+"""The task files: their prompts, choices, targets and metrics are lm-eval's own, and their documents are the files'."""
 
 from __future__ import annotations
 
 import csv
 import json
+import random
+import socket
 from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
+import datasets
+import lm_eval
 import pytest
-import yaml
+from lm_eval.api.group import Group
 from lm_eval.api.task import Task
+from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import TaskManager
+from task_data import ROWS, Splits, write_data
 
-from eval.local_data import arc_document, load, load_mmlu
-from pipeline.errors import UserError
+from eval.local_task import STOCK_TASKS
+from eval.tasks import OUR_TASKS, leaf_tasks, load_tasks, task_manager
+from pipeline.recipe.schema import Eval
 
-Builder = Callable[[str], dict[str, Task]]
+SUBJECTS = sorted(path.stem for path in (OUR_TASKS / "mmlu").glob("[!_]*.yaml"))
+STOCK_FOLDERS = {
+    "arc_easy": "arc",
+    "arc_challenge": "arc",
+    "openbookqa": "openbookqa",
+    "sst2": "glue/sst2",
+    "rte": "glue/rte",
+    "cola": "glue/cola",
+    "mrpc": "glue/mrpc",
+    "gsm8k": "gsm8k",
+    "lambada_openai": "lambada",
+    "wikitext": "wikitext",
+    "mmlu_anatomy": "mmlu/default",
+    "mmlu_high_school_us_history": "mmlu/default",
+}
+SINGLE = [name for name in STOCK_FOLDERS if not name.startswith("mmlu")]
+OURS = {"task", "custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"}
+SPLITS = {"training_split", "validation_split", "test_split"}
+
+Miniature = tuple[Path, dict[str, Splits]]
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Miniature:
+    folder = tmp_path_factory.mktemp("data")
+    return folder, write_data(folder, SUBJECTS)
+
+
+def local(folder: Path, *names: str) -> list[Task]:
+    """Our tasks, of groups too."""
+    return leaf_tasks(load_tasks(Eval(tasks=[f"local_{name}" for name in names], data_folder=str(folder))))
+
+
+def stock(name: str, splits: Splits) -> Task:
+    """lm-eval's own task on these documents, by its own means: a group that overrides where the data comes from."""
+    manager = TaskManager(include_path=str(STOCK_TASKS / STOCK_FOLDERS[name]), include_defaults=False)
+    documents = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
+    documents.setdefault("train", next(iter(documents.values())))  # WikiText's, which nothing reads
+    spec = {"group": "overridden", "task": [{"task": name, "custom_dataset": lambda **_: documents}]}
+    return manager.load([spec])["tasks"][name]
+
+
+def requests(task: Task, document: dict[str, Any], examples: int) -> list[Any]:
+    """Arguments of all requests of a document after some examples."""
+    task.set_fewshot_seed(5)
+    context = task.fewshot_context(document, num_fewshot=examples)
+    built = task.construct_requests(
+        document, context, apply_chat_template=False, chat_template=None, metadata=("", 0, 1)
+    )
+    return [instance.args for instance in (built if isinstance(built, list) else [built])]
+
+
+@pytest.mark.parametrize("name", STOCK_FOLDERS)
+def test_a_task_is_lm_evals_own(name: str, miniature: Miniature) -> None:
+    folder, documents = miniature
+    (ours,) = local(folder, name)
+    theirs = stock(name, documents[name])
+    assert ours.task_name == f"local_{name}" and theirs.task_name == name
+    for field in {each.name for each in fields(TaskConfig)} - OURS - SPLITS - {"fewshot_config"}:
+        assert ours.config[field] == theirs.config[field], field
+    assert ours.config.fewshot_config == theirs.config.fewshot_config
+    assert ours.VERSION == theirs.VERSION and ours.OUTPUT_TYPE == theirs.OUTPUT_TYPE
+    assert ours.aggregation() == theirs.aggregation() and ours.higher_is_better() == theirs.higher_is_better()
+    shots = 0 if ours.OUTPUT_TYPE.startswith("loglikelihood") else 2
+    assert len(ours.eval_docs) == len(theirs.eval_docs) == len(documents[name][list(documents[name])[-1]])
+    for mine, other in zip(ours.eval_docs, theirs.eval_docs, strict=True):
+        assert ours.doc_to_text(mine) == theirs.doc_to_text(other)
+        assert ours.doc_to_target(mine) == theirs.doc_to_target(other)
+        for examples in {0, shots}:
+            assert requests(ours, mine, examples) == requests(theirs, other, examples)
+        results = answers(ours, mine)
+        assert ours.process_results(mine, results) == theirs.process_results(other, results)
+
+
+def answers(task: Task, document: dict[str, Any]) -> list[Any]:
+    """What a model might answer to a document's requests."""
+    if task.OUTPUT_TYPE == "multiple_choice":
+        return [(-random.random(), False) for _ in task.doc_to_choice(document)]
+    return {"generate_until": ["#### 7"], "loglikelihood": [(-3.0, True)], "loglikelihood_rolling": [-3.0]}[
+        task.OUTPUT_TYPE
+    ]
+
+
+def test_a_task_says_where_it_comes_from(miniature: Miniature) -> None:
+    (task,) = local(miniature[0], "rte")
+    metadata = task.config.metadata
+    assert metadata["stock"] == "glue/rte/default.yaml" and metadata["config_source"].endswith("eval/tasks/rte.yaml")
+    assert metadata["source"].startswith("GLUE") and metadata["data_folder"] == str(miniature[0])
+    assert task.config.dataset_path is None and task.dump_config()["dataset_kwargs"] == {
+        "files": {"train": "rte/train.tsv", "validation": "rte/dev.tsv"}
+    }
+
+
+def test_mmlu_has_the_subjects_and_the_groups_of_lm_eval(miniature: Miniature) -> None:
+    theirs = TaskManager(include_path=str(STOCK_TASKS / "mmlu" / "default"), include_defaults=False).task_index
+    assert [f"mmlu_{subject}" for subject in SUBJECTS] == sorted(
+        name for name in theirs if _is_subject(theirs[name].cfg)
+    )
+    (mmlu,) = load_tasks(Eval(tasks=["local_mmlu"], data_folder=str(miniature[0])))
+    assert isinstance(mmlu, Group) and len(leaf_tasks([mmlu])) == 57
+    assert [group.name.removeprefix("local_") for group in mmlu.get_all_groups()] == theirs["mmlu"].cfg["task"]
+    for group in mmlu.get_all_groups():
+        original = theirs[group.name.removeprefix("local_")].cfg
+        tag = f"{group.name.removeprefix('local_')}_tasks"
+        assert original["task"] == [tag] and group.alias == original["group_alias"]
+        assert {name.removeprefix("local_") for name in group.child_names} == theirs[tag].tags
+        assert [each.metric for each in group.aggregate_metric_list] == ["acc"]
+
+
+def _is_subject(config: dict[str, Any] | None) -> bool:
+    return "dataset_name" in (config or {})
+
+
+@pytest.mark.parametrize(
+    ("name", "clusters"),
+    [("mmlu_high_school_us_history", ROWS // 2), ("rte", ROWS), ("mrpc", ROWS), ("mmlu_anatomy", None), ("sst2", None)],
+)
+def test_documents_that_share_a_text_say_so(name: str, clusters: int | None, miniature: Miniature) -> None:
+    (task,) = local(miniature[0], name)
+    field = task.config.metadata.get("cluster")
+    assert (field is None) == (clusters is None)
+    if field is not None:
+        assert len({document[field] for document in task.eval_docs}) == clusters
+
+
+def test_evaluation_asks_no_network(miniature: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every task from its file to its metrics, with a model that answers at random."""
+
+    def refuse(*address: object, **_: object) -> None:
+        raise AssertionError(f"the network was asked for {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    loaded = local(miniature[0], *SINGLE, "mmlu_stem")
+    results = lm_eval.simple_evaluate(
+        "dummy", tasks=loaded, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, limit=7
+    )
+    assert results is not None and len(results["results"]) == len(loaded)
+    metrics = {name: {key.split(",")[0] for key in values} for name, values in results["results"].items()}
+    assert metrics["local_cola"] >= {"mcc"} and metrics["local_mrpc"] >= {"acc", "f1"}
+    assert metrics["local_wikitext"] >= {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+    assert metrics["local_lambada_openai"] >= {"perplexity", "acc"} and metrics["local_gsm8k"] >= {"exact_match"}
+
+
+def test_only_our_own_index_is_read() -> None:
+    """lm-eval's would take 12 seconds."""
+    manager = task_manager(Eval(tasks=["local_mmlu", "local_arc_easy"]))
+    assert len(manager.all_subtasks) == 57 + len(SINGLE)
+    assert all(name.startswith("local_") for name in manager.all_tasks)
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +182,92 @@ def data_folder(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def build(repository: Path, data_folder: Path) -> Builder:
-    manager = TaskManager(
-        include_path=str(repository / "eval" / "tasks"),
-        include_defaults=False,
-        metadata={"data_folder": str(data_folder)},
+def real(data_folder: Path) -> Callable[[str], Task]:
+    """Our task on the real files, read once."""
+    return cache(lambda name: local(data_folder, name)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "scored", "examples"),
+    [
+        ("arc_easy", 2376, 2251),
+        ("arc_challenge", 1172, 1119),
+        ("openbookqa", 500, 4957),
+        ("sst2", 872, 67349),
+        ("rte", 277, 2490),
+        ("cola", 527 + 516, 8551),
+        ("mrpc", 1725, 4076),
+        ("gsm8k", 1319, 7473),
+        ("lambada_openai", 8, 8),
+        ("wikitext", 62, 60),
+    ],
+)
+def test_real_files_have_the_published_counts(
+    name: str, scored: int, examples: int, real: Callable[[str], Task]
+) -> None:
+    task = real(name)
+    assert len(task.eval_docs) == scored
+    assert len(task.sampler.df or []) == examples
+    if task.OUTPUT_TYPE == "multiple_choice":
+        for document in task.eval_docs.select(range(0, scored, 9)):  # rendering takes a millisecond
+            choices, right = task.doc_to_choice(document), task.doc_to_target(document)
+            assert len(choices) >= 2 and all(choices) and 0 <= int(right) < len(choices), document
+
+
+def test_real_arc_loses_and_doubles_nothing(data_folder: Path, real: Callable[[str], Task]) -> None:
+    task = real("arc_easy")
+    raw = json.loads((data_folder / "arc_easy" / "test.json").read_text())
+    assert task.fewshot_context(task.eval_docs[0], num_fewshot=0).startswith("Question: Which statement best explains")
+    for document, row in zip(task.eval_docs, raw, strict=True):
+        question, choices = document["question"], document["choices"]["text"]
+        assert question in row["instruction"] and "Answer1" not in question and "Answer format" not in str(choices)
+        assert all(choice in row["instruction"] for choice in choices)
+        listed = f"{question} {' '.join(f'Answer{n}: {choice}' for n, choice in enumerate(choices, start=1))}"
+        assert " ".join(listed.split()) in " ".join(row["instruction"].split())
+        assert row["answer"] == f"answer{document['choices']['label'].index(document['answerKey']) + 1}"
+
+
+def test_real_glue_files_are_read_cell_by_cell(data_folder: Path, real: Callable[[str], Task]) -> None:
+    """Single quotes stay where they are, and no row swallows the next."""
+    sst2, mrpc = real("sst2"), real("mrpc")
+    lines = (data_folder / "sst2" / "dev.tsv").read_text(encoding="utf-8").split("\n")[1:-1]
+    assert [f"{document['label']}\t{document['sentence']}" for document in sst2.eval_docs] == lines
+    text = (data_folder / "mrpc" / "msr_paraphrase_test.txt").read_text(encoding="utf-8-sig")
+    cells = [line.split("\t") for line in text.split("\n")[1:] if line]
+    assert [[str(d["label"]), d["sentence1"], d["sentence2"]] for d in mrpc.eval_docs] == [
+        [cell[0], cell[3], cell[4]] for cell in cells
+    ]
+    sizes = [len(set(column)) for column in zip(*(cell[:3] for cell in cells), strict=True)]
+    assert len({document["cluster"] for document in mrpc.eval_docs}) == 1670 < min(sizes[1:])
+
+
+def test_real_wikitext_articles_make_up_the_file(data_folder: Path, real: Callable[[str], Task]) -> None:
+    pages = [document["page"] for document in real("wikitext").eval_docs]
+    assert " \n" + "\n".join(pages) == (data_folder / "wikitext2" / "test.txt").read_text(encoding="utf-8")
+    assert all(page.startswith(" = ") and not page.startswith(" = = ") for page in pages)
+
+
+def test_real_mmlu_documents_are_the_files_cells(data_folder: Path) -> None:
+    """Every cell is text as it stands in the file: numbers, "None" and "NA" too."""
+    mmlu = local(data_folder, "mmlu")
+    assert sum(len(task.eval_docs) for task in mmlu) == 14042
+    for task in mmlu:
+        subject = task.task_name.removeprefix("local_mmlu_")
+        for split in ("dev", "test"):
+            with (data_folder / "mmlu" / split / f"{subject}_{split}.csv").open(encoding="utf-8", newline="") as file:
+                cells = list(csv.reader(file))
+            documents = task.dataset[split]
+            assert [[d["question"], *d["choices"], "ABCD"[d["answer"]]] for d in documents] == cells, (subject, split)
+    history = next(task for task in mmlu if task.task_name == "local_mmlu_high_school_us_history")
+    assert len({document[history.config.metadata["cluster"]] for document in history.eval_docs}) == 66
+    prompt = history.fewshot_context(history.eval_docs[0], num_fewshot=5)
+    assert prompt.startswith(
+        "The following are multiple choice questions (with answers) about high school us history.\n\n"
     )
-    return lambda name: manager.load([name])["tasks"]
+    assert prompt.count("\nAnswer:") == 6 and prompt.endswith("\nAnswer:")
+
+
+Builder = Callable[[str], dict[str, Task]]
 
 
 @pytest.fixture(scope="module")
@@ -41,166 +276,13 @@ def build_pocket(repository: Path) -> Builder:
     return lambda name: manager.load([name])["tasks"]
 
 
-def check_choices(task: Task) -> None:
-    """Every document has at least two choices and a gold answer among them."""
-    for document in task.eval_docs:
-        choices, gold = task.doc_to_choice(document), task.doc_to_target(document)
-        assert len(choices) >= 2, document
-        assert 0 <= gold < len(choices), document
-
-
-def stock(path: str) -> dict[str, Any]:
-    """A stock task file of lm-eval."""
-    return yaml.safe_load((Path(lm_eval.tasks.__file__).parent / path).read_text())
-
-
-def ours(repository: Path, name: str) -> dict[str, Any]:
-    text = (repository / "eval" / "tasks" / name).read_text()
-    return yaml.safe_load(text.replace("!function ", ""))
-
-
-@pytest.mark.parametrize(
-    ("name", "reference", "same"),
-    [
-        ("arc_easy.yaml", "arc/arc_easy.yaml", ["output_type", "doc_to_text"]),
-        ("sst2.yaml", "glue/sst2/default.yaml", ["output_type", "doc_to_choice", "doc_to_target"]),
-        (
-            "gsm8k.yaml",
-            "gsm8k/gsm8k.yaml",
-            ["doc_to_text", "doc_to_target", "generation_kwargs", "filter_list", "metric_list", "num_fewshot"],
-        ),
-        (
-            "mmlu.yaml",
-            "mmlu/default/_default_template_yaml",
-            ["output_type", "doc_to_text", "doc_to_choice", "doc_to_target", "fewshot_config", "metric_list"],
-        ),
-    ],
-)
-def test_prompts_and_metrics_are_those_of_lm_eval(repository: Path, name: str, reference: str, same: list[str]) -> None:
-    own, original = ours(repository, name), stock(reference)
-    assert {key: own[key] for key in same} == {key: original[key] for key in same}
-    assert [metric["metric"] for metric in own["metric_list"]] == [m["metric"] for m in original["metric_list"]]
-
-
-def test_sst2_asks_as_lm_eval_does(repository: Path) -> None:
-    """Its text column is called content in GLUE's files and sentence on the Hub."""
-    assert (
-        ours(repository, "sst2.yaml")["doc_to_text"].replace("content", "sentence")
-        == (stock("glue/sst2/default.yaml")["doc_to_text"])
-    )
-
-
-def test_mmlu_lists_the_subjects_of_lm_eval_with_their_headings(repository: Path) -> None:
-    folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
-    headings = {
-        config["dataset_name"]: config["description"]
-        for config in (yaml.safe_load(file.read_text()) for file in folder.glob("mmlu_*.yaml"))
-        if "dataset_name" in config
-    }
-    own = ours(repository, "mmlu.yaml")
-    subjects = [item["dataset_kwargs"]["subject"] for item in own["task"]]
-    assert subjects == [item["task"] for item in own["task"]] == sorted(headings)
-    for subject in subjects:
-        assert own["description"].replace("{{subject}}", subject.replace("_", " ")) == headings[subject]
-
-
-def test_arc_easy(build: Builder, data_folder: Path) -> None:
-    (task,) = build("local_arc_easy").values()
-    check_choices(task)
-    raw = json.loads((data_folder / "arc_easy" / "test.json").read_text())
-    assert len(task.eval_docs) == len(raw) > 2000
-    first = task.eval_docs[0]
-    prompt = task.fewshot_context(first, num_fewshot=0)
-    assert prompt.startswith("Question: Which statement best explains why photosynthesis") and prompt.endswith(
-        "\nAnswer:"
-    )
-    assert (
-        task.doc_to_choice(first)[task.doc_to_target(first)]
-        == "Sunlight is the source of energy for nearly all ecosystems."
-    )
-    # nothing of the instructions is lost or doubled
-    for document, row in zip(task.eval_docs, raw, strict=True):
-        assert document["question"] in row["instruction"]
-        assert "Answer1" not in document["question"] and "Answer format" not in str(document["choices"])
-        assert row["instruction"].count("Answer") >= len(document["choices"])
-        assert all(choice and choice in row["instruction"] for choice in document["choices"])
-
-
-def test_arc_choices_that_hold_spaces_and_colons() -> None:
-    row = {
-        "instruction": "Please choose the correct answer to the question: Two\n\nparagraphs: why?\n\n"
-        "Answer1: ratio 1:2 of a Answer2: none, really\n\nAnswer format: answer1/answer2",
-        "answer": "answer2",
-    }
-    assert arc_document(row) == {
-        "question": "Two\n\nparagraphs: why?",
-        "choices": ["ratio 1:2 of a", "none, really"],
-        "gold": 1,
-    }
-
-
-def test_sst2(build: Builder, data_folder: Path) -> None:
-    (task,) = build("local_sst2").values()
-    check_choices(task)
-    lines = (data_folder / "sst2" / "dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    assert [f"{document['label']}\t{document['content']}" for document in task.eval_docs] == lines
-
-
-def test_gsm8k(build: Builder) -> None:
-    (task,) = build("local_gsm8k").values()
-    assert len(task.eval_docs) == 1319
-    assert len(list(task.fewshot_docs())) == 7473
-    assert task.doc_to_target(task.eval_docs[0]).endswith("#### 18")
-
-
-@pytest.fixture(scope="module")
-def mmlu(build: Builder) -> dict[str, Task]:
-    return build("local_mmlu")
-
-
-def test_mmlu_documents_are_the_files_cells(mmlu: dict[str, Task], data_folder: Path) -> None:
-    """Every cell is text as it stands in the file: numbers, "None" and "NA" too."""
-    assert len(mmlu) == 57
-    assert sum(len(task.eval_docs) for task in mmlu.values()) == 14042
-    for name, task in mmlu.items():
-        subject = name.removeprefix("local_mmlu::")
-        for split in ("dev", "test"):
-            with (data_folder / "mmlu" / split / f"{subject}_{split}.csv").open(encoding="utf-8", newline="") as file:
-                cells = list(csv.reader(file))
-            documents = task.dataset[split]
-            assert [[d["question"], *d["choices"], "ABCD"[d["answer"]]] for d in documents] == cells, (subject, split)
-
-
-def test_mmlu_prompt(mmlu: dict[str, Task]) -> None:
-    task = mmlu["local_mmlu::us_foreign_policy"]
-    prompt = task.fewshot_context(task.eval_docs[0], num_fewshot=5)
-    assert prompt.startswith("The following are multiple choice questions (with answers) about us foreign policy.\n\n")
-    assert prompt.count("\nAnswer:") == 6 and prompt.endswith("\nAnswer:")
-
-
-def test_no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LORA_DROPOUT_DATA", raising=False)
-    with pytest.raises(UserError, match=r"sst2/dev\.tsv.*eval\.data_folder.*LORA_DROPOUT_DATA"):
-        load({"validation": "sst2/dev.tsv"})
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "mmlu" / "dev").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"anatomy_dev\.csv.*anatomy_test\.csv.*eval/tasks/README\.md"):
-        load_mmlu("anatomy", data_folder=str(tmp_path))
-
-
-def test_the_recipes_folder_goes_before_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORA_DROPOUT_DATA", str(tmp_path / "elsewhere"))
-    (tmp_path / "a.jsonl").write_text('{"question": "1 + 1?"}\n')
-    assert load({"test": "a.jsonl"}, data_folder=str(tmp_path))["test"][0] == {"question": "1 + 1?"}
-
-
 @pytest.mark.parametrize("name", ["pocket_choice", "pocket_shift"])
 def test_pocket_choices(build_pocket: Builder, name: str) -> None:
     (task,) = build_pocket(name).values()
-    check_choices(task)
     assert len(task.eval_docs) == 240
+    for document in task.eval_docs:
+        choices = task.doc_to_choice(document)
+        assert len(choices) >= 2 and 0 <= task.doc_to_target(document) < len(choices), document
     document = task.eval_docs[0]
     assert task.fewshot_context(document, num_fewshot=0) == document["instruction"]
     # a choice is a whole completion: nothing comes between the prompt and its leading space
