@@ -41,7 +41,8 @@ def mcnemar_midp(only_first: int, only_second: int) -> float:
     conditional p-value, which sees the discordant pairs as Binomial(n, 1/2), minus the probability of what was found.
 
     Args:
-        only_first: documents that only the first run answers right; ``only_second``: likewise. 1 where both are 0.
+        only_first: documents that only the first run answers right; ``only_second``: likewise. 1 where the
+            runs never disagree.
 
     Raises:
         ValueError: a negative count.
@@ -103,7 +104,7 @@ def swap_test(statistic: Statistic, clusters: ArrayLike, flips: int = FLIPS, see
     """Test of the difference of any score: F1, Matthews, AUROC, perplexity. None where a run has no score.
 
     If the runs are exchangeable, the two answers to a cluster's documents may as well be swapped (Noreen 1989,
-    Computer-Intensive Methods, ch. 2). Patterns in which a run has no score (one class only) count as large
+    Computer-Intensive Methods). Patterns in which a run has no score (one class only) count as large
     differences: that can only raise the p-value.
 
     Args:

@@ -46,7 +46,7 @@ def paired_difference(only_first: int, only_second: int, documents: int, confide
     """Interval for accuracy of the first run minus accuracy of the second, on the same independent documents.
 
     Wald's interval after adding one document to each kind of disagreement (Bonett and Price 2012, J. Educ. Behav.
-    Stat. 37, eq. 4). It has a width where the runs never disagree, as a bootstrap has not.
+    Stat. 37, p. 479). It has a width where the runs never disagree, as a bootstrap has not.
 
     Args:
         only_first: documents that only the first run answers right; ``only_second``: likewise.

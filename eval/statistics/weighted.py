@@ -80,6 +80,11 @@ def _ordered(keys: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return order, np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
 
 
+def _sums_of_ties(values: Values, starts: NDArray[np.intp]) -> Values:
+    """``(K, T)`` sums over each run of equal keys."""
+    return values if starts.size == values.shape[1] else np.add.reduceat(values, starts, axis=1)
+
+
 def auroc(weights: Values, scores: ArrayLike, positive: ArrayLike) -> Values:
     """Probability that a positive document scores above a negative one, ties counted half (Mann-Whitney).
 
@@ -87,8 +92,8 @@ def auroc(weights: Values, scores: ArrayLike, positive: ArrayLike) -> Values:
     """
     order, starts = _ordered(scores)
     label, drawn = _truths(positive)[order], weights[:, order]
-    positives = np.add.reduceat(drawn * label, starts, axis=1)
-    negatives = np.add.reduceat(drawn * (1 - label), starts, axis=1)
+    positives = _sums_of_ties(drawn * label, starts)
+    negatives = _sums_of_ties(drawn * (1 - label), starts)
     below = np.cumsum(negatives, axis=1) - negatives / 2
     return _quotient((positives * below).sum(axis=1), positives.sum(axis=1) * negatives.sum(axis=1))
 
@@ -96,15 +101,15 @@ def auroc(weights: Values, scores: ArrayLike, positive: ArrayLike) -> Values:
 def aurc(weights: Values, confidences: ArrayLike, correct: ArrayLike) -> Values:
     """Area under the risk-coverage curve: mean over k of the error among the k most confident documents.
 
-    Geifman, Uziel and El-Yaniv 2019 (arXiv 1805.08206, section 2). Equally confident documents have no order, so the
+    Geifman, Uziel and El-Yaniv 2019 (arXiv 1805.08206). Equally confident documents have no order, so the
     mean over all their orders counts. A tie of m documents with e errors, after N more confident ones with E errors,
     adds sum over j = 1..m of (E + j e / m) / (N + j) = e + (E - N e / m) (H(N + m) - H(N)), H the harmonic numbers;
     digamma continues them to weights that are not whole.
     """
     order, starts = _ordered(-np.asarray(confidences, dtype=np.float64))
     wrong, drawn = 1 - _truths(correct)[order], weights[:, order]
-    tied = np.add.reduceat(drawn, starts, axis=1)
-    tied_errors = np.add.reduceat(drawn * wrong, starts, axis=1)
+    tied = _sums_of_ties(drawn, starts)
+    tied_errors = _sums_of_ties(drawn * wrong, starts)
     accepted, errors = np.cumsum(tied, axis=1), np.cumsum(tied_errors, axis=1)
     harmonic = np.diff(digamma(accepted + 1), axis=1, prepend=digamma(1.0))
     error_share = np.divide(tied_errors, tied, out=np.zeros_like(tied), where=tied > 0)
