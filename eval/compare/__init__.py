@@ -1,0 +1,1 @@
+"""Two or more evaluations against each other, document by document."""
