@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # python puts launch/ first, where evaluate.py shadows a package
+if __name__ == "__main__":  # python puts launch/ first, where evaluate.py shadows a package; an installed command not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch.command import told_errors
 

@@ -38,6 +38,11 @@ from pipeline.processes import is_main, rank, world_size
 NAME = "lora-dropout"
 EVERY_DEVICE = ("cuda:0", "cuda", None)
 """lm-eval's default, and what means the same: this process's accelerator, or the CPU."""
+NO_CACHE = (
+    "--use_cache: lm-eval's cache knows a request but not the model, so this model would be given another model's "
+    "answers.\nLeave it out, and keep answers with --model_args ...,answers=FOLDER: by base, adapter, masks and "
+    "settings, also where the evaluation is killed."
+)
 
 
 @register_model(NAME)
@@ -99,11 +104,7 @@ class LoraDropoutLM(EnsembleLM):
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Refuse ``--use_cache``: its keys are requests without the model, so it hands out other models' answers."""
         if cache_hook.dbdict is not None:
-            raise UserError(
-                "--use_cache: lm-eval's cache knows a request but not the model, so this model would be given another "
-                "model's answers.\nLeave it out, and keep answers with --model_args ...,answers=FOLDER: by base, "
-                "adapter, masks and settings, also where the evaluation is killed."
-            )
+            raise UserError(NO_CACHE)
         super().set_cache_hook(cache_hook)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -131,11 +132,13 @@ def main() -> None:
     """lm-eval's command line with the model ``lora-dropout``, and our tasks for local data among the known ones.
 
     Raises:
-        UserError: see :meth:`LoraDropoutLM.create_from_arg_obj`; memory that does not suffice.
+        UserError: see :class:`LoraDropoutLM`; memory that does not suffice.
     """
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]  # deepspeed's
     if not arguments or {"-h", "--help"} & set(arguments):
         print(f"--model {NAME} --model_args takes:\n{help_text()}\n\nThe rest is lm-eval's own:\n")
+    if any(argument == "-c" or argument.startswith("--use_c") for argument in arguments):
+        raise UserError(NO_CACHE)  # before anything is loaded; LoraDropoutLM finds it in a --config file too
     sys.argv = [sys.argv[0], *with_our_tasks(arguments)]
     try:
         cli_evaluate()
