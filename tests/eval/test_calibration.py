@@ -157,21 +157,19 @@ def test_debiased_error_is_unbiased_where_the_plug_in_is_not(binning) -> None:  
 
 def test_consistency_rejects_5_percent_of_calibrated_models() -> None:
     draw = np.random.default_rng(1)
-    rejected = {"width": 0, "count": 0}
-    inside = {"width": 0, "count": 0}
-    repeats = 2500
-    for seed in range(repeats):
-        confidences, correct = calibrated(277, draw)
+    models, data_sets, documents = 60, 150, 277
+    rejected, inside = np.zeros(2), np.zeros(2)
+    for seed in range(models):  # every model's band is simulated once, and judges 150 data sets
+        confidences, _ = calibrated(documents, draw)
         binnings = [equal_width_bins(confidences), equal_count_bins(confidences)]
         simulated = simulated_errors(confidences, binnings, draws=1000, seed=seed)
-        for name, bins, errors in zip(rejected, binnings, simulated, strict=True):
-            error = plug_in_error(confidences, correct, bins)
-            found = consistency(error, errors)
-            rejected[name] += found.p_value <= 0.05
-            inside[name] += found.low <= error <= found.high
-    for name in rejected:
-        assert 0.04 <= rejected[name] / repeats <= 0.06, name
-        assert 0.94 <= inside[name] / repeats <= 0.96, name
+        for correct in draw.random((data_sets, documents)) < confidences:
+            errors = [plug_in_error(confidences, correct, bins) for bins in binnings]
+            found = [consistency(error, drawn) for error, drawn in zip(errors, simulated, strict=True)]
+            rejected += [one.p_value <= 0.05 for one in found]
+            inside += [one.low <= error <= one.high for one, error in zip(found, errors, strict=True)]
+    assert ((rejected / models / data_sets >= 0.04) & (rejected / models / data_sets <= 0.06)).all(), rejected
+    assert ((inside / models / data_sets >= 0.94) & (inside / models / data_sets <= 0.96)).all(), inside
 
 
 def test_consistency_finds_overconfidence_and_repeats(draw: Draw) -> None:
