@@ -151,8 +151,8 @@ AnyAnswers = ChoiceAnswers | GeneratedAnswers | RollingAnswers
 def answers_of(task: str, samples: Sequence[Sample]) -> AnyAnswers | None:
     """The arrays of the task's kind, told by the arguments of its requests; None for a kind that has none.
 
-    That is multiple choice without one right choice (several are right, or none), scored by the task's own code: see
-    :func:`plain_answers`.
+    That is multiple choice scored by the task's own code: several choices are right, or none, or ``acc`` is a share of
+    probability (TruthfulQA's mc2). See :func:`plain_answers`.
 
     Raises:
         ValueError: no documents; a log-likelihood that is not finite; samples that contradict lm-eval's own score.
@@ -167,7 +167,8 @@ def answers_of(task: str, samples: Sequence[Sample]) -> AnyAnswers | None:
     golds = [sample["lora_dropout"]["gold"] for sample in samples]
     if all(gold is None for gold in golds) and all(len(sample["arguments"]) == 1 for sample in samples):
         return rolling_answers(task, samples)
-    return choice_answers(task, samples) if None not in golds and min(golds) >= 0 else None
+    by_argmax = "acc" not in samples[0]["metrics"] or np.isin(numbers(samples, "acc"), (0, 1)).all()
+    return choice_answers(task, samples) if by_argmax and None not in golds and min(golds) >= 0 else None
 
 
 def plain_answers(task: str, samples: Sequence[Sample]) -> Answers:

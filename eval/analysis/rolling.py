@@ -86,7 +86,7 @@ def plain_analysis(answers: Answers, own: OwnScores, draws: int) -> TaskAnalysis
         primary=next((name for name in answers.scored if name in metrics), ""),
         metrics=metrics,
         notes=[
-            "This task has not one right choice per document, so calibration is not judged.",
+            "This task is not scored by one right choice per document, so calibration is not judged.",
             *notes,
             *told,
             *shared_notes(answers),

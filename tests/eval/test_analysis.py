@@ -318,7 +318,17 @@ def test_several_right_choices_are_scored_by_lm_eval_alone() -> None:
     found = analysed(samples, results={"task": {"acc,none": np.mean([sample["acc"] for sample in samples])}})
     assert (found.kind, found.primary, found.ece) == ("other", "acc", None)
     assert found.metrics["acc"].interval == "Wilson"
-    assert any("not one right choice" in note for note in found.notes)
+    assert any("not scored by one right choice" in note for note in found.notes)
+
+
+def test_an_accuracy_that_is_a_share_of_probability_is_lm_evals() -> None:
+    samples = choice_samples(12, 2, seed=10)
+    for sample in samples:
+        sample["acc"] = 0.3 + 0.01 * sample["doc_id"]
+    found = analysed(samples)
+    assert (found.kind, found.primary) == ("other", "acc")
+    assert found.metrics["acc"].value == pytest.approx(0.3 + 0.055)
+    assert "bootstrap" in found.metrics["acc"].interval
 
 
 def test_a_score_that_is_no_mean_is_left_to_lm_eval() -> None:
