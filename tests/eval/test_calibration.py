@@ -172,22 +172,6 @@ def test_consistency_rejects_5_percent_of_calibrated_models() -> None:
     assert ((inside / models / data_sets >= 0.94) & (inside / models / data_sets <= 0.96)).all(), inside
 
 
-def test_a_percentile_bootstrap_of_the_plug_in_error_never_covers_the_truth() -> None:
-    """The negative control: why no calibration error here has a bootstrap interval. The model is calibrated."""
-    draw = np.random.default_rng(2)
-    data_sets, documents, draws = 200, 277, 500
-    covered = 0
-    for _ in range(data_sets):
-        confidences, correct = calibrated(documents, draw)
-        bins = equal_width_bins(confidences)
-        residuals = np.eye(15)[bins] * (confidences - correct)[:, None]
-        weights = draw.multinomial(documents, np.full(documents, 1 / documents), size=draws)
-        errors = np.abs(weights @ residuals).sum(axis=1) / documents
-        low, high = np.quantile(errors, [0.025, 0.975])
-        covered += low <= 0 <= high
-    assert covered == 0  # of 190 that a 95 % interval should cover
-
-
 def test_consistency_finds_overconfidence_and_repeats(draw: Draw) -> None:
     confidences, correct = calibrated(1000, draw)
     surer = np.sqrt(confidences)
