@@ -1,0 +1,186 @@
+"""The tables of README.md, and results.json beside it: numbers only, no text of any document.
+
+python recipes/calibration/tables.py [--output outputs/calibration]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # python puts this folder first
+
+import typer
+from study import MASK_SEEDS, SEEDS, TASKS
+
+from launch.command import run_command
+
+NAMES = {
+    "local_arc_easy": "ARC-easy",
+    "local_sst2": "SST-2",
+    "local_rte": "RTE",
+    "calibration_mmlu": "MMLU, six subjects",
+}
+KEPT = ("acc", "nll", "calibrated_nll", "brier", "auroc", "overconfidence")
+"""Metrics in results.json."""
+SYSTEMS = (
+    ("base", "masks-0", "base"),
+    ("plain LoRA, 6 epochs", "lora-0", "deterministic"),
+    ("plain LoRA, stopped early", "lora-early-0", "deterministic"),
+    ("plain LoRA, deep ensemble of 5", "deep-ensemble", "deep_ensemble"),
+    ("input dropout, one pass", "mc-dropout", "deterministic"),
+    ("input dropout, Monte Carlo of 8", "mc-dropout", "mc_dropout"),
+    ("LoRA Dropout, masks off", "masks-0", "deterministic"),
+    ("LoRA Dropout, ensemble of 8", "masks-0", "ensemble"),
+    ("the same, mean of probabilities", "masks-0-probabilities", "ensemble"),
+)
+"""Row of the first table, evaluation, system."""
+
+Analysis = Mapping[str, Any]
+
+
+def evaluated(output: Path) -> dict[str, dict[str, dict[str, Analysis]]]:
+    """By evaluation, system and task, what ``results.json`` of the evaluation says."""
+    found = {}
+    for file in sorted((output / "evaluations").glob("*/latest/results.json")):
+        systems = json.loads(file.read_text())["lora_dropout"]["systems"]
+        found[file.parent.parent.name] = {name: system["analysis"] for name, system in systems.items()}
+    return found
+
+
+def compact(analysis: Analysis) -> dict[str, Any]:
+    """What is kept of one analysis."""
+    metrics = {
+        key: [analysis["metrics"][key][part] for part in ("value", "low", "high")]
+        for key in KEPT
+        if key in analysis["metrics"]
+    }
+    folds = (analysis["temperature"] or {}).get("folds")
+    curve = {point["members"]: {key: point["scores"][key] for key in KEPT} for point in analysis["curve"]}
+    return {**metrics, "ece": analysis["ece"], "temperature_folds": folds, "curve": curve}
+
+
+def table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def score(analysis: Analysis, metric: str) -> str:
+    """A value and its interval; a share in per cent."""
+    estimate = analysis["metrics"][metric]
+    factor, digits = (100, 1) if estimate["percent"] else (1, 3)
+    value, low, high = (estimate[part] * factor for part in ("value", "low", "high"))
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def ece(analysis: Analysis) -> str:
+    """The error, and its band were the model calibrated, in per cent."""
+    value, low, high = (100 * analysis["ece"][part] for part in ("value", "band_low", "band_high"))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
+def system_rows(found: Mapping[str, Any], task: str) -> Iterator[list[str]]:
+    """Seed 0: every system on one task."""
+    for name, evaluation, system in SYSTEMS:
+        analysis = found.get(evaluation, {}).get(system, {}).get(task)
+        if analysis:
+            metrics = [score(analysis, metric) for metric in ("acc", "nll", "calibrated_nll")]
+            yield [name, *metrics, ece(analysis)]
+
+
+def method_rows(comparison: Mapping[str, Any], metric: str) -> Iterator[list[str]]:
+    """Differences of methods over seeds, in one metric."""
+    for one in comparison["method_differences"]:
+        if one["metric"] != metric or one["part_of_group"] or one["task"] not in NAMES or one["difference"] is None:
+            continue
+        factor, digits = (100, 1) if one["percent"] else (1, 3)
+        values = [one[key] * factor for key in ("first_mean", "second_mean", "difference", "low", "high")]
+        first, second, difference, low, high = (f"{value:.{digits}f}" for value in values)
+        adjusted = "-" if one["adjusted_p"] is None else f"{one['adjusted_p']:.2g}"
+        pair = f"{one['second']} - {one['first']}"
+        yield [NAMES[one["task"]], pair, second, first, f"{difference} ({low} to {high})", adjusted]
+
+
+def adapter_rows(comparison: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Differences of seed 0's adapters, in the tested metric."""
+    for task in comparison["tasks"]:
+        for one in task["differences"]:
+            if one["primary"] and task["task"] in NAMES:
+                interval = f"{one['difference']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+                pair = f"{task['second']} - {task['first']}"
+                yield [NAMES[task["task"]], pair, interval, f"{one['adjusted_p']:.2g}"]
+
+
+def curve_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Seed 0's ensemble on SST-2 after 1, 2, ... members."""
+    for point in found["masks-0"]["ensemble"]["local_sst2"]["curve"]:
+        scores = point["scores"]
+        yield [
+            str(point["members"]),
+            f"{100 * scores['acc']:.1f}",
+            *(f"{scores[key]:.3f}" for key in ("nll", "calibrated_nll")),
+            f"{100 * scores['ece']:.1f}",
+        ]
+
+
+def noise_rows(comparison: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The ensemble over mask seeds."""
+    for one in comparison["mask_noise"]:
+        if one["task"] in NAMES and one["metric"] in ("acc", "nll", "calibrated_nll"):
+            factor, digits = (100, 1) if one["percent"] else (1, 3)
+            scores = ", ".join(f"{value * factor:.{digits}f}" for value in one["scores"])
+            low, high = one["deviation_low"] * factor, one["deviation_high"] * factor
+            deviation = f"{one['deviation'] * factor:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+            yield [NAMES[one["task"]], one["name"], scores, deviation]
+
+
+def held_out_rows(output: Path) -> Iterator[list[str]]:
+    """Held-out and probe loss after each epoch, means over the seeds."""
+    for kind in ("masks", "lora"):
+        logs = [output / "runs" / f"{kind}-{seed}" / "history.jsonl" for seed in SEEDS]
+        lines = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs if log.exists()]
+        measured = [[line for line in log if "validation_loss" in line] for log in lines]
+        for key in ("validation_loss", "probe_loss"):
+            means = [sum(line[key] for line in epoch) / len(epoch) for epoch in zip(*measured, strict=True)]
+            yield [kind, key.removesuffix("_loss"), *(f"{mean:.3f}" for mean in means)]
+
+
+def tables(output: Annotated[Path, typer.Option()] = Path("outputs/calibration")) -> None:
+    """Print the tables of what there is, and write results.json beside this file."""
+    found = evaluated(output)
+    kept = {
+        evaluation: {
+            system: {task: compact(analyses[task]) for task in TASKS if task in analyses}
+            for system, analyses in systems.items()
+        }
+        for evaluation, systems in found.items()
+    }
+    (HERE / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+    print(f"mask seeds: the adapter's and {MASK_SEEDS}")
+    print("\n**Loss**\n\n" + table(["run", "rows", *(f"epoch {n}" for n in range(1, 7))], held_out_rows(output)))
+    header = ["system", "accuracy, %", "NLL", "NLL, own temperature", "ECE, % (if calibrated)"]
+    for task in TASKS:
+        print(f"\n**{NAMES[task]}**\n\n" + table(header, system_rows(found, task)))
+    print("\n**Curve**\n\n" + table(["members", "accuracy, %", "NLL", "own temperature", "ECE, %"], curve_rows(found)))
+    for name, rows_of, columns in (
+        ("adapters", adapter_rows, ["task", "pair", "NLL", "adjusted p"]),
+        ("mask-seeds", noise_rows, ["task", "metric", "by mask seed", "standard deviation"]),
+    ):
+        file = output / "comparisons" / name / "comparison.json"
+        if file.exists():
+            print(f"\n**{name}**\n\n" + table(columns, rows_of(json.loads(file.read_text()))))
+    for name, metrics in (("methods", ("nll", "acc")), ("methods-calibrated", ("calibrated_nll",))):
+        file = output / "comparisons" / name / "comparison.json"
+        for metric in metrics if file.exists() else ():
+            rows = method_rows(json.loads(file.read_text()), metric)
+            columns = ["task", "pair", "second", "first", "difference", "adjusted p"]
+            print(f"\n**{name}, {metric}**\n\n" + table(columns, rows))
+
+
+if __name__ == "__main__":
+    run_command(tables)
