@@ -1,8 +1,7 @@
-"""Scores of one evaluation as table rows, with intervals and sensible digits.
+"""Scores of one evaluation as table rows.
 
-Input is lm-eval's results schema: ``results[task]["<metric>,<filter>"]`` and its
-``"<metric>_stderr,<filter>"``. Statistics that need the single documents (paired comparisons,
-calibration) do not belong here: they read the samples, this module reads the totals.
+What the analysis says (``lora_dropout.systems.<system>.analysis``) comes first; where it is silent, and in folders that
+have none, lm-eval's totals are read: ``results[task]["<metric>,<filter>"]`` and its ``"<metric>_stderr,<filter>"``.
 """
 
 from __future__ import annotations
@@ -10,16 +9,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from functools import partial
 from typing import Any
 
+from pydantic import ValidationError
 from scipy.stats import binomtest
 
-SYSTEMS = ("base", "deterministic", "ensemble")
+from eval.analysis.schema import CalibrationError, Estimate, TaskAnalysis
+from eval.numbers import FIXED_SPACE, NORMAL_95, decimals, number
+from pipeline.errors import UserError
+
+SYSTEMS = ("base", "deterministic", "mc_dropout", "deep_ensemble", "ensemble")
 """In the order they run; the last one that ran is what ``results.json`` reports at its top."""
-NORMAL_95 = NormalDist().inv_cdf(0.975)
 PERCENTAGES = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1", "contains"}
-LONG_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised", "mcc": "Matthews correlation", "f1": "F1"}
+LONG_NAMES = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy, length-normalised",
+    "f1": "F1",
+    "mcc": "Matthews correlation",
+    "nll": "NLL, nats",
+    "calibrated_nll": "NLL after own temperature",
+    "brier": "Brier score of all choices",
+    "brier_of_answer": "Brier score of the answer",
+    "auroc": "AUROC of correctness",
+    "aurc": "AURC: mean risk over coverages",
+    "overconfidence": "over-confidence",
+}
+CALIBRATION = ("nll", "calibrated_nll", "brier", "brier_of_answer", "auroc", "aurc", "overconfidence")
+"""In this order, after the metrics of the task itself."""
+Analyses = Mapping[str, Mapping[str, TaskAnalysis]]
+"""By system, then by task or group."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +46,58 @@ class Score:
     """One measured value in the metric's own unit (a proportion for percentages)."""
 
     value: float
-    stderr: float | None
     low: float | None
-    """Lower end of the 95 % interval; None where no standard error is known."""
+    """Lower end of the 95 % interval; None where there is none."""
     high: float | None
     interval: str
-    """`Wilson`, `normal`, or empty."""
+    """How it was found: ``Wilson``, ``normal``, ``bootstrap, 2,000 draws``; or empty."""
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One metric of one task, for every evaluated system."""
+    """One metric of one task, for every system that has it."""
 
     task: str
+    key: str
+    """As in ``TaskAnalysis.metrics``: lm-eval's ``acc,none`` is ``acc``."""
     metric: str
+    """In words."""
     documents: int | None
     higher_is_better: bool | None
     percent: bool
     subtask: bool
     """Part of a group that has a total of its own."""
+    primary: bool
+    """The metric that comparisons test."""
     scores: dict[str, Score]
+
+
+@dataclass(frozen=True)
+class EceRow:
+    """A calibration error of one task, for every system that has it."""
+
+    task: str
+    metric: str
+    errors: dict[str, CalibrationError]
+
+
+def read_analyses(ours: Mapping[str, Any]) -> dict[str, dict[str, TaskAnalysis]]:
+    """The analyses in ``lora_dropout``; none for a system of an older folder.
+
+    Raises:
+        UserError: they are of another version of this project.
+    """
+    try:
+        return {
+            system: {
+                task: TaskAnalysis.model_validate(found)
+                for task, found in (ours["systems"][system].get("analysis") or {}).items()
+            }
+            for system in SYSTEMS
+            if system in ours["systems"]
+        }
+    except ValidationError as error:
+        raise UserError(f"results.json, an analysis: this version reads others; evaluate again\n{error}") from error
 
 
 def proportion_of_independent_answers(value: float, stderr: float | None, documents: int) -> bool:
@@ -61,10 +112,10 @@ def score(value: float, stderr: float | None, documents: int | None) -> Score:
     """The value with its 95 % interval: Wilson for a proportion of independent documents, else normal."""
     if documents is not None and proportion_of_independent_answers(value, stderr, documents):
         interval = binomtest(round(value * documents), documents).proportion_ci(0.95, method="wilson")
-        return Score(value, stderr, float(interval.low), float(interval.high), "Wilson")
+        return Score(value, float(interval.low), float(interval.high), "Wilson")
     if stderr is None or not math.isfinite(value):
-        return Score(value, None, None, None, "")
-    return Score(value, stderr, value - NORMAL_95 * stderr, value + NORMAL_95 * stderr, "normal")
+        return Score(value, None, None, "")
+    return Score(value, value - NORMAL_95 * stderr, value + NORMAL_95 * stderr, "normal")
 
 
 def documents_of(name: str, report: Mapping[str, Any]) -> int | None:
@@ -76,117 +127,148 @@ def documents_of(name: str, report: Mapping[str, Any]) -> int | None:
     return sum(n for n in children if n is not None) if children and None not in children else None
 
 
-def metric_keys(results: Mapping[str, Any]) -> list[str]:
-    """lm-eval writes metrics as ``metric,filter``, beside names, aliases and standard errors."""
-    return [
-        key
-        for key, value in results.items()
-        if "," in key and not key.split(",")[0].endswith("_stderr") and isinstance(value, int | float)
-    ]
+def totals(results: Mapping[str, Any], documents: int | None) -> dict[str, Score]:
+    """lm-eval's metrics of one task by key; it writes them as ``metric,filter`` beside names and standard errors."""
+    found = {}
+    for name, value in results.items():
+        metric, comma, filtered = name.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            stderr = results.get(f"{metric}_stderr,{filtered}")
+            known = stderr if isinstance(stderr, int | float) and math.isfinite(stderr) else None  # it writes "N/A"
+            found[metric if filtered == "none" else name] = score(float(value), known, documents)
+    return found
 
 
 def metric_name(key: str) -> str:
-    """``exact_match,strict`` is read as ``exact match (strict)``; the filter ``none`` is not named."""
+    """``exact_match,strict`` is read as ``exact match (strict)``."""
     metric, _, filtered = key.partition(",")
     name = LONG_NAMES.get(metric, metric.replace("_", " "))
-    return name if filtered in ("", "none") else f"{name} ({filtered})"
+    return f"{name} ({filtered})" if filtered else name
 
 
-def _score_of(results: Mapping[str, Any], key: str, documents: int | None) -> Score | None:
-    if not isinstance(results.get(key), int | float):
-        return None
-    metric, _, filtered = key.partition(",")
-    stderr = results.get(f"{metric}_stderr,{filtered}")
-    known = stderr if isinstance(stderr, int | float) and math.isfinite(stderr) else None  # lm-eval writes "N/A"
-    return score(float(results[key]), known, documents)
-
-
-def ordered_tasks(groups: Mapping[str, Sequence[str]], evaluated: Mapping[str, Any]) -> list[tuple[str, bool]]:
+def ordered_tasks(groups: Mapping[str, Sequence[str]], evaluated: Mapping[str, bool]) -> list[tuple[str, bool]]:
     """(name, is part of a group with a total), every group before its parts.
 
     Args:
         groups: lm-eval's ``group_subtasks``; tasks may be listed, with no parts.
-        evaluated: results by task and group.
+        evaluated: for every task and group whether it has a score.
     """
-    totals = {name for name in evaluated if groups.get(name) and metric_keys(evaluated[name])}
     children = {part for parts in groups.values() for part in parts}
-    order: list[tuple[str, bool]] = []
+    order: dict[str, bool] = {}
 
     def visit(name: str, subtask: bool) -> None:
-        if all(name != seen for seen, _ in order):
-            order.append((name, subtask))
+        if name not in order:
+            order[name] = subtask
             for part in groups.get(name, []):
-                visit(part, subtask or name in totals)
+                visit(part, subtask or evaluated.get(name, False))
 
     for name in [*(name for name in evaluated if name not in children), *evaluated]:
         visit(name, False)
-    return order
+    return list(order.items())
 
 
-def score_rows(report: Mapping[str, Any]) -> list[ScoreRow]:
-    """One row per task and metric, groups first, then their parts."""
-    systems = {
-        name: report["lora_dropout"]["systems"][name] for name in SYSTEMS if name in report["lora_dropout"]["systems"]
+def place(key: str, percent: bool) -> int:
+    """Where a metric stands among those of its task: its own percentages, its other ones, then how sure it is."""
+    return 2 + CALIBRATION.index(key) if key in CALIBRATION else 0 if percent else 1
+
+
+def score_rows(report: Mapping[str, Any], analyses: Analyses | None = None) -> list[ScoreRow]:
+    """One row per task and metric, groups before their parts, the primary metric of a task first.
+
+    Args:
+        report: the content of ``results.json``.
+        analyses: as ``read_analyses`` gives them, where they are read already.
+    """
+    systems = report["lora_dropout"]["systems"]
+    analyses = read_analyses(report["lora_dropout"]) if analyses is None else analyses
+    evaluated = {
+        task: bool(totals(results, None))
+        for name in analyses
+        for task, results in (systems[name]["results"] | {task: {} for task in analyses[name]}).items()
+    } | {task: True for by_task in analyses.values() for task in by_task}
+    return [
+        row
+        for task, subtask in ordered_tasks(report.get("group_subtasks", {}), evaluated)
+        for row in task_rows(task, subtask, report, analyses)
+    ]
+
+
+def task_rows(task: str, subtask: bool, report: Mapping[str, Any], analyses: Analyses) -> list[ScoreRow]:
+    """The metrics of one task."""
+    systems = report["lora_dropout"]["systems"]
+    documents = documents_of(task, report)
+    analysed = {name: by_task[task] for name, by_task in analyses.items() if task in by_task}
+    if documents is None and analysed:
+        documents = next(iter(analysed.values())).documents
+    scores: dict[str, dict[str, Score]] = {}
+    estimates: dict[str, Estimate] = {}
+    for name in analyses:
+        found = totals(systems[name]["results"].get(task, {}), documents)
+        if name in analysed:
+            estimates = analysed[name].metrics | estimates
+            found |= {k: Score(e.value, e.low, e.high, e.interval) for k, e in analysed[name].metrics.items()}
+        for key, one in found.items():
+            scores.setdefault(key, {})[name] = one
+    higher = report.get("higher_is_better", {}).get(task, {})
+    percent = {key: is_percent(key, estimates.get(key), by_system) for key, by_system in scores.items()}
+    primaries = [analysis.primary for analysis in analysed.values() if analysis.primary in scores]
+    first = primaries[0] if primaries else next(iter(scores), "")
+    return [
+        ScoreRow(
+            task=task,
+            key=key,
+            metric=metric_name(key),
+            documents=documents,
+            higher_is_better=estimates[key].higher_is_better if key in estimates else higher.get(key.partition(",")[0]),
+            percent=percent[key],
+            subtask=subtask,
+            primary=key == first,
+            scores=scores[key],
+        )
+        for key in sorted(scores, key=lambda key: (key != first, place(key, percent[key])))
+    ]
+
+
+def is_percent(key: str, estimate: Estimate | None, by_system: Mapping[str, Score]) -> bool:
+    """Whether a metric is shown times 100."""
+    if estimate is not None:
+        return estimate.percent
+    return key.partition(",")[0] in PERCENTAGES or any(one.interval == "Wilson" for one in by_system.values())
+
+
+def ece_rows(task: str, analyses: Analyses) -> list[EceRow]:
+    """The calibration errors of one task: equal-width bins, then bins of equal counts."""
+    analysed = {name: by_task[task] for name, by_task in analyses.items() if task in by_task}
+    named = {
+        "ECE, 15 equal bins": {name: one.ece for name, one in analysed.items() if one.ece is not None},
+        "adaptive ECE, bins of equal counts": {
+            name: one.adaptive_ece for name, one in analysed.items() if one.adaptive_ece is not None
+        },
     }
-    evaluated = {task: results for system in systems.values() for task, results in system["results"].items()}
-    rows = []
-    for task, subtask in ordered_tasks(report.get("group_subtasks", {}), evaluated):
-        documents = documents_of(task, report)
-        of_task = {name: system["results"].get(task, {}) for name, system in systems.items()}
-        for key in dict.fromkeys(key for results in of_task.values() for key in metric_keys(results)):
-            scores = {
-                name: found
-                for name, results in of_task.items()
-                if (found := _score_of(results, key, documents)) is not None
-            }
-            metric = key.partition(",")[0]
-            rows.append(
-                ScoreRow(
-                    task=task,
-                    metric=metric_name(key),
-                    documents=documents,
-                    higher_is_better=report.get("higher_is_better", {}).get(task, {}).get(metric),
-                    percent=metric in PERCENTAGES or any(s.interval == "Wilson" for s in scores.values()),
-                    subtask=subtask,
-                    scores=scores,
-                )
-            )
-    return rows
+    return [EceRow(task, metric, errors) for metric, errors in named.items() if errors]
 
 
-def decimals(stderr: float | None, value: float, percent: bool) -> int:
-    """Digits after the point: tenths of a percent, else two digits of the standard error, else four in all."""
-    if percent:
-        return 1
-    if stderr is not None and stderr > 0:
-        return max(0, 1 - math.floor(math.log10(stderr)))
-    return max(0, 3 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else 3
+def spread(found: Score) -> float | None:
+    """Half of the 95 % interval."""
+    return None if found.low is None or found.high is None else (found.high - found.low) / 2
 
 
-def number(value: float, digits: int, sign: bool = False) -> str:
-    """A decimal number with a true minus sign; one that rounds to zero carries no sign."""
-    if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else "infinite"
-    text = f"{value:{'+' if sign else ''}.{digits}f}"
-    if float(text) == 0:
-        text = text.lstrip("+-")
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def score_text(found: Score, percent: bool, unit: bool = True) -> str:
-    """``71.2 ± 1.4 %`` or ``12.31 ± 0.21``: the value and one standard error, with spaces that do not break."""
-    scale = 100 if percent else 1
-    digits = decimals(found.stderr, found.value, percent)
-    text = number(found.value * scale, digits)
-    if found.stderr:  # all answers right or all wrong: 0 would claim certainty, the interval does not
-        text += f" ± {number(found.stderr * scale, digits)}"
-    return (f"{text} %" if percent and unit and math.isfinite(found.value) else text).replace(" ", "\N{NO-BREAK SPACE}")
+def value_text(found: Score, percent: bool, unit: bool = True) -> str:
+    """``71.2 %`` or ``12.31``, with spaces that do not break."""
+    text = number(found.value * (100 if percent else 1), decimals(found.value, spread(found), percent))
+    return f"{text}{FIXED_SPACE}%" if percent and unit and math.isfinite(found.value) else text
 
 
 def interval_text(found: Score, percent: bool) -> str:
     """``68.4 to 73.9``; empty where there is no interval."""
     if found.low is None or found.high is None:
         return ""
+    text = partial(number, digits=decimals(found.value, spread(found), percent))
     scale = 100 if percent else 1
-    digits = decimals(found.stderr, found.value, percent)
-    return f"{number(found.low * scale, digits)} to {number(found.high * scale, digits)}"
+    return f"{text(found.low * scale)} to {text(found.high * scale)}".replace(" ", FIXED_SPACE)
+
+
+def score_text(found: Score, percent: bool) -> str:
+    """``71.2 % (68.4 to 73.9)``."""
+    interval = interval_text(found, percent)
+    return value_text(found, percent) + (f" ({interval})" if interval else "")

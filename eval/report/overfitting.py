@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.scores import number
+from eval.numbers import number
 
 LEVEL = 0.01  # a rise of validation loss by less than this part of its minimum is called level
 

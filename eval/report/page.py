@@ -9,6 +9,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from eval.numbers import capital
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -17,13 +19,13 @@ def style_sheet() -> Markup:
     return Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
 
 
-def render(template: Path, context: Mapping[str, Any], filters: Mapping[str, Any]) -> str:
+def render(template: Path, context: Mapping[str, Any]) -> str:
     """A template's text. Values are escaped where its name ends in ``.html.j2``; an undefined name is an error.
 
     Args:
         template: the file; it may include others of its folder.
-        context: the names it uses.
-        filters: beside ``cell`` (text for a Markdown table) and ``breakable`` (a name that may break).
+        context: the names it uses. Filters: ``cell`` (text for a Markdown table), ``breakable`` (a name that may
+            break), ``capital``.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, TEMPLATES]),
@@ -33,7 +35,7 @@ def render(template: Path, context: Mapping[str, Any], filters: Mapping[str, Any
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": markdown_cell, "breakable": breakable, **filters}
+    environment.filters |= {"cell": markdown_cell, "breakable": breakable, "capital": capital}
     return environment.get_template(template.name).render(context)
 
 

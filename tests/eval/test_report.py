@@ -15,9 +15,9 @@ from rich.console import Console
 from scipy.stats import norm
 
 from eval import scores
-from eval.report.overfitting import Evaluation, loss_sentences
+from eval.numbers import duration
 from eval.report import write_report
-from eval.report.context import duration
+from eval.report.overfitting import Evaluation, loss_sentences
 from eval.score_table import score_table
 from pipeline.errors import UserError
 
@@ -76,6 +76,10 @@ def written(tmp_path: Path):
     return write
 
 
+def pictures(html: str) -> int:
+    return html.count('<svg class="wide"')
+
+
 def plain(text: str) -> str:
     return " ".join(text.replace("\N{NO-BREAK SPACE}", " ").split())
 
@@ -87,16 +91,21 @@ def test_every_score_is_in_both_files(written) -> None:
         for found in system["results"].values():
             metric = "acc" if "acc,none" in found else "exact_match"
             key, stderr = (k for k in found if k.startswith(metric))
-            value = f"{100 * found[key]:.1f}"
-            shown = f"{value} ± {100 * found[stderr]:.1f}" if found[stderr] else value
-            assert shown in plain(Page(html).words) and shown in plain(markdown)
+            value, spread = f"{100 * found[key]:.1f}", found[stderr]
+            assert value in plain(Page(html).words)
+            assert re.search(rf"\| {value} \([\d.]+ to [\d.]+\) \|", plain(markdown)), (value, spread)
 
 
 def test_verdict_in_title_and_heading(written) -> None:
     html, markdown = written(synthetic_results())
-    first = "Ensemble of 8: 71.2 ± 1.4 % on pocket_sentiment; deterministic adapter 69.9 ± 1.5 %; base 33.1 ± 1.5 %."
+    first = "Ensemble of 8 scores best on all 3 tasks."
+    second = (
+        "Ensemble of 8: 71.2 % (68.3 to 73.9) on pocket_sentiment, 1.3 points above the deterministic adapter's "
+        "69.9 % (67.0 to 72.7)."
+    )
     assert plain(re.search("<title>(.*)</title>", html)[1]) == f"pocket-example: {first}"
     assert f"**{first}**" in plain(markdown)
+    assert second in plain(markdown) and second in plain(Page(html).words)
     last = [line for line in history() if "validation_loss" in line][-1]
     gap = last["validation_loss"] - last["probe_loss"]
     expected = f"Validation loss {last['validation_loss']:.3f} nats per token after 300 steps, +{gap:.3f} against"
@@ -142,8 +151,8 @@ def test_scores_on_the_terminal() -> None:
     console.print(score_table(results))
     shown = plain(console.export_text())
     assert "task metric n base deterministic ensemble" in shown
-    assert "pocket_sentiment accuracy, % ↑ 1000 33.1 ± 1.5 69.9 ± 1.5 71.2 ± 1.4 pocket_capitals" in shown
-    assert "pocket_reverse exact match (strict), % ↑ 150 0.0 47.3 ± 4.1 wikitext" in shown
+    assert "pocket_sentiment accuracy, % ↑ 1000 33.1 ± 2.9 69.9 ± 2.8 71.2 ± 2.8 pocket_capitals" in shown
+    assert "pocket_reverse exact match (strict), % ↑ 150 0.0 ± 1.2 47.3 ± 7.9 wikitext" in shown
     assert "wikitext word perplexity ↓ 12.35 12.35 12.35 ±" in shown
     del systems["base"], systems["ensemble"]
     console.print(score_table(results))
@@ -153,7 +162,7 @@ def test_scores_on_the_terminal() -> None:
 def test_page_is_well_formed_and_loads_nothing(written) -> None:
     html, _ = written(synthetic_results())
     page = Page(html)
-    assert page.tags.count("svg") == 4  # two pictures, each for a page and for a phone
+    assert pictures(html) == html.count('<svg class="narrow"') == 2
     assert "script" not in page.tags and "link" not in page.tags and "img" not in page.tags
     assert all(link.startswith("#") for link in page.links)
     assert {link[1:] for link in page.links} <= set(page.ids) and len(page.ids) == len(set(page.ids))
@@ -187,9 +196,9 @@ def test_no_ensemble_no_history_no_adapter(written) -> None:
     ours["systems"] = {"base": ours["systems"]["base"]}
     ours |= {"ensemble": None, "adapter": None, "adapter_settings": None, "history": [], "provenance": {}}
     html, markdown = written(results)
-    assert Page(html).tags.count("svg") == 2
+    assert pictures(html) == 1
     for text in (plain(Page(html).words), plain(markdown)):
-        assert "Base: 33.1 ± 1.5 % on pocket_sentiment." in text
+        assert "Base: 33.1 % (30.3 to 36.1) on pocket_sentiment." in text
         assert "No adapter was given: these are scores of the base model." in text
         assert "No training history came with this adapter" in text
         assert "members took" not in text
@@ -217,7 +226,7 @@ def test_history_without_validation_or_with_a_broken_loss(written) -> None:
     lines[-1]["loss"] = float("nan")
     results["lora_dropout"]["history"] = lines
     html, markdown = written(results)
-    assert Page(html).tags.count("svg") == 4
+    assert pictures(html) == 2
     assert "No validation rows were held out" in markdown and "not a finite number at step 300" in markdown
     assert "validation</text>" not in html.replace("\n", "")
 
@@ -237,7 +246,7 @@ def test_metrics_without_stderr_and_other_units(written) -> None:
     html, markdown = written(results)
     assert "| wikitext | word perplexity ↓ | 62 | 12.35 | 11.35 | 10.35 |" in markdown
     assert "No standard errors were recorded" in markdown
-    assert Page(html).tags.count("svg") == 2  # losses only: a perplexity has no place on the percent axis
+    assert pictures(html) == 1  # losses only: a perplexity has no place on the percent axis
 
 
 def test_group_rows_come_first_and_their_parts_apart(written) -> None:
@@ -251,7 +260,7 @@ def test_group_rows_come_first_and_their_parts_apart(written) -> None:
     results["n-samples"] = {"mmlu_law": {"effective": 100}, "mmlu_math": {"effective": 50}}
     html, markdown = written(results)
     assert markdown.index("| mmlu |") < markdown.index("### Parts of the groups") < markdown.index("| mmlu_law |")
-    assert "| mmlu | accuracy, % | 150 | 33.3 ± 3.8 (25.9 to 40.8)" in plain(markdown)
+    assert "| mmlu | accuracy, % | 150 | 33.3 (25.9 to 40.8)" in plain(markdown)
     assert "Parts of the groups (2 rows)" in Page(html).words
     assert "Wilson for shares of right answers over independent documents; normal" in markdown
 
@@ -314,17 +323,17 @@ def test_wilson_for_proportions_normal_for_the_rest() -> None:
 @pytest.mark.parametrize(
     ("value", "stderr", "percent", "text"),
     [
-        (0.71234, 0.0143, True, "71.2 ± 1.4 %"),
-        (12.3456, 0.21, False, "12.35 ± 0.21"),
-        (-0.0421, 0.031, False, "\N{MINUS SIGN}0.042 ± 0.031"),
-        (0.0, 0.0, True, "0.0 %"),
+        (0.71234, 0.0143, True, "71.2 % (68.4 to 74.0)"),
+        (12.3456, 0.21, False, "12.35 (11.93 to 12.76)"),
+        (-0.0421, 0.031, False, "\N{MINUS SIGN}0.042 (\N{MINUS SIGN}0.103 to 0.019)"),
+        (0.0, 0.0, True, "0.0 % (0.0 to 0.0)"),
         (1234.5, None, False, "1234"),
         (0.0123456, None, False, "0.01235"),
         (float("nan"), None, True, "not a number"),
     ],
 )
 def test_digits(value: float, stderr: float | None, percent: bool, text: str) -> None:
-    assert plain(scores.score_text(scores.Score(value, stderr, None, None, ""), percent)) == text
+    assert plain(scores.score_text(scores.score(value, stderr, None), percent)) == text
 
 
 @pytest.mark.parametrize(

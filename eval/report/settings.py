@@ -1,0 +1,80 @@
+"""Settings and provenance, as the run recorded them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from eval.numbers import capital
+from pipeline.recipe import Recipe
+
+PROVENANCE_ORDER = ("command", "started", "finished", "recipe sha256", "seed", "base", "data", "git", "versions")
+
+
+def setting_rows(ours: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
+    """(setting, value). The adapter's are its own: the recipe may have changed since training."""
+    base, trained, ensemble = recipe.base, ours.get("adapter_settings"), ours.get("ensemble")
+    storage = {"nf4": "4-bit nf4", "int8": "8-bit int8", "none": "not quantised"}[base.quantization]
+    found = [("Base model", f"{base.model}, {storage}, {base.dtype}"), ("Adapter", ours.get("adapter") or "none")]
+    if trained:
+        alpha, in_file = trained.get("alpha", trained["lora_alpha"]), trained["lora_alpha"]
+        folded = "" if alpha == in_file else f" ({in_file:g} in adapter_config.json)"
+        found += [("Rank, alpha", f"{trained['r']}, {alpha:g}{folded}")]
+        found += dropout_rows(trained)
+    if ensemble:
+        balanced = "balanced " if ensemble.get("balanced") else ""
+        members = f"{ensemble['instances']} {balanced}members, average of {ensemble['average']} at every token"
+        found += [("Test ensemble", f"{members}, mask seed {ensemble['seed']}")]
+    prompts = {"task": "the task's own", "training": "the training prompt around the task's text"}
+    fewshot, limit = recipe.eval.num_fewshot, ours.get("limit")
+    return [
+        *found,
+        ("Prompt", prompts[ours["prompt"]]),
+        ("Few-shot examples", "each task's own number" if fewshot is None else str(fewshot)),
+        ("Documents", "all" if limit is None else f"first {limit} of each task"),
+    ]
+
+
+def dropout_rows(trained: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the adapter was trained."""
+    if "rate" not in trained:
+        return [("Dropout rate p", "not recorded: an adapter of another origin")]
+    if trained["rate"] == 0 and not trained.get("rate_pattern"):
+        return [("Dropout rate p", "0 (plain LoRA)")]
+    masks = {"example": "each example draws its own masks", "instance": "masks shared by the micro-batch"}
+    others = "".join(f", {rate:g} in {name}" for name, rate in trained.get("rate_pattern", {}).items())
+    return [
+        ("Dropout rate p", f"{trained['rate']:g}{others}"),
+        ("Training instances N", f"{trained['instances']}, {masks[trained['sampling']]}"),
+        ("Rescale by 1/(1-p)", "yes" if trained["rescale"] else "no: equation 2 verbatim, folded into alpha"),
+    ]
+
+
+def provenance_tables(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """(title, rows): training, evaluation and task versions, each value as lines of text."""
+    recorded = results["lora_dropout"].get("provenance") or {}
+    parts = [
+        (capital(str(name)), {key.replace("_", " "): value for key, value in part.items()})
+        for name, part in recorded.items()
+        if isinstance(part, Mapping) and part
+    ]
+    tasks = {name: f"version {version}" for name, version in results.get("versions", {}).items()}
+    if tasks:
+        parts.append(("Tasks", tasks))
+
+    def place(name: str) -> int:
+        return PROVENANCE_ORDER.index(name) if name in PROVENANCE_ORDER else len(PROVENANCE_ORDER)
+
+    return [
+        (title, [(name, value_lines(part[name])) for name in sorted(part, key=place) if part[name] is not None])
+        for title, part in parts
+    ]
+
+
+def value_lines(value: Any) -> list[str]:
+    """A recorded value as lines: a mapping as ``key value`` pairs, a list with one line per item."""
+    if isinstance(value, Mapping):
+        return [", ".join(f"{key} {' '.join(value_lines(item))}" for key, item in value.items() if item is not None)]
+    if isinstance(value, list):
+        return [line for item in value for line in value_lines(item)] or ["none"]
+    return [{True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)]
