@@ -251,8 +251,8 @@ class EnsembleLM(HFLM):
         on when an evaluation was ended.
         """
         cut = [truncated(context, continuation, self.max_length) for _, context, continuation in requests]
-        keys = [request_key("loglikelihood", request.context, request.continuation) for request, _ in cut]
         batches, size = self._batches(requests, override_bs)
+        keys = _batch_keys([request_key("loglikelihood", part.context, part.continuation) for part, _ in cut], batches)
         self.kept += sum(store.get(key) is not None for key in keys)
         with _progress(len(requests), 0, "log-likelihoods", disable_tqdm) as bar:
             for batch in batches:
@@ -320,6 +320,8 @@ class EnsembleLM(HFLM):
         found: dict[int, GeneratedRecord] = {}
         with self._batch_size_found():
             batches = self._generation_batches(requests)
+            if self.mode == "exact":
+                keys = _batch_keys(keys, batches)
             if self.store is not None:
                 on_disk = {index: self.store.get(key) for index, key in enumerate(keys)}
                 found = {index: record for index, record in on_disk.items() if isinstance(record, GeneratedRecord)}
@@ -435,6 +437,19 @@ def _generation_keys(requests: list[Instance]) -> list[str]:
         seen[key] = seen.get(key, -1) + 1
         keys.append(request_key("generate_until", *request.args, seen[key]))
     return keys
+
+
+def _batch_keys(keys: list[str], batches: list[list[int]]) -> list[str]:
+    """Of each request together with its whole batch, which in mode exact changes its bits.
+
+    Else an answer of another evaluation (of more tasks, fewer documents, other ranks) could stand in.
+    """
+    found = list(keys)
+    for batch in batches:
+        whole = [keys[index] for index in batch]
+        for index in batch:
+            found[index] = request_key("in a batch", keys[index], whole)
+    return found
 
 
 def _not_finite(request: Instance) -> UserError:

@@ -178,6 +178,20 @@ def test_answers_are_kept_and_taken_up(adapter: Path, task_folder: Path, tmp_pat
     assert warning in capsys.readouterr().out
 
 
+def test_in_mode_exact_answers_of_an_evaluation_with_other_batches_do_not_stand_in(
+    adapter: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    def found(text: str, limit: int | None) -> tuple[dict[str, Any], int]:
+        lm = LoraDropoutLM.create_from_arg_string(f"peft={adapter}{text}", {"batch_size": 4, "device": "cpu"})
+        return answers(evaluated(lm, task_folder, tasks=TASKS[:2], limit=limit)["samples"]), lm.kept
+
+    kept = f",answers={tmp_path}"
+    expected, _ = found("", None)
+    found(kept, 7)
+    assert found(kept, None)[0] == expected  # bit for bit
+    assert found(kept, None) == (expected, 3 * 11 + 11)
+
+
 def test_the_chat_template_is_the_prompt_of_training(adapter: Path, task_folder: Path) -> None:
     lm = LoraDropoutLM.create_from_arg_string(f"peft={adapter}", {"batch_size": 4, "device": "cpu"})
     assert lm.chat_template(True) == "{instruction}\nAnswer:"
