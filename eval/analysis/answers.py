@@ -54,6 +54,8 @@ class Answers:
     """``(D,)``; documents of one number share a text, so they are dependent."""
     strata: Ints
     """``(D,)``; the subject's number in a group."""
+    subjects: tuple[str, ...]
+    """The tasks, by the number in ``strata``."""
     cluster_keys: tuple[str, ...]
     """The cluster's name, or the document's hash where it stands alone: the same in every run."""
     prompts: tuple[str, ...]

@@ -137,6 +137,7 @@ def _mistakes(answers: ChoiceAnswers, confidences: Floats) -> list[Mistake]:
     wrong = order[~answers.correct[order]][:MISTAKES]
     return [
         Mistake(
+            task=answers.subjects[answers.strata[place]],
             doc_id=int(answers.doc_ids[place]),
             prompt=end_of_prompt(answers.prompts[place]),
             answer=answers.choices[place][picked[place]],

@@ -121,6 +121,7 @@ def _mistakes(answers: GeneratedAnswers, correct: Bools) -> list[Mistake]:
     wrong = order[~correct[order] & (answers.tokens[order] > 0)][:MISTAKES]
     return [
         Mistake(
+            task=answers.task,
             doc_id=int(answers.doc_ids[place]),
             prompt=end_of_prompt(answers.prompts[place]),
             answer=answers.texts[place][-ANSWER_CHARACTERS:],

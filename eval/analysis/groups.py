@@ -43,6 +43,7 @@ def _joined(parts: Sequence[Answers]) -> dict[str, Any]:
         "request_hashes": sum((part.request_hashes for part in parts), ()),
         "clusters": np.concatenate([part.clusters + offset for part, offset in zip(parts, offsets, strict=False)]),
         "strata": np.repeat(np.arange(len(parts)), [len(part.doc_ids) for part in parts]),
+        "subjects": tuple(part.task for part in parts),
         "cluster_keys": sum((part.cluster_keys for part in parts), ()),
         "prompts": sum((part.prompts for part in parts), ()),
         "targets": sum((part.targets for part in parts), ()),

@@ -90,6 +90,7 @@ def common_columns(task: str, rows: Sequence[Sample], records: Records) -> dict[
         "request_hashes": tuple(str(own["request_hash"]) for own in ours),
         "clusters": np.array([numbered[label] for label in labels], dtype=np.int64),
         "strata": np.zeros(len(rows), dtype=np.int64),
+        "subjects": (task,),
         "cluster_keys": keys,
         "prompts": tuple(str(row["arguments"][0][0]) if len(row["arguments"][0]) > 1 else "" for row in rows),
         "targets": tuple(as_text(row["target"]) for row in rows),

@@ -104,6 +104,8 @@ class CurvePoint(Part):
 class Mistake(Part):
     """A wrong answer, with its text."""
 
+    task: str = ""
+    """In a group, the part that the document is from."""
     doc_id: int
     prompt: str
     answer: str

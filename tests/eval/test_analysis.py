@@ -241,6 +241,8 @@ def test_groups_count_documents_within_subjects() -> None:
     assert group.metrics["nll"].value == pytest.approx(nll)
     assert any("counts all documents alike" in note for note in group.notes)
     assert group.sampled_subjects == {}
+    wrong = {(name, sample["doc_id"]) for name, rows in samples.items() for sample in rows if not sample["acc"]}
+    assert {(mistake.task, mistake.doc_id) for mistake in group.mistakes} <= wrong
     assert len(group.curve) == 2
     assert group.jensen is not None
 
