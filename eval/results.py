@@ -54,6 +54,8 @@ class SystemScores:
     """Requests whose answer was taken from disk."""
     analysis: dict[str, TaskAnalysis]
     """By task and group."""
+    members: dict[str, object] | None = None
+    """What is averaged: kind, number, and what they are drawn from; None for one model."""
 
 
 def add_records(samples: dict[str, list[dict[str, Any]]], lm: EnsembleLM, tasks: list[Task | Group]) -> None:
@@ -149,6 +151,7 @@ def our_section(
                 "peak_memory_bytes": scores.peak_gpu_bytes,
                 "mode": scores.mode,
                 "kept": scores.kept,
+                "members": scores.members,
                 "analysis": {task: found.model_dump() for task, found in scores.analysis.items()},
             }
             for system, scores in finished.items()

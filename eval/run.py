@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 from transformers.integrations import unset_hf_deepspeed_config
 
+from eval.adapters import check_base, check_further
 from eval.analysis.analyse import analyse
 from eval.lm import EnsembleLM
 from eval.lm.settings import answer_settings
@@ -24,16 +26,16 @@ from eval.lm.store import AnswerStore
 from eval.prompt import TrainingPrompt
 from eval.results import SystemScores, add_records, add_stderrs, our_section, write_folder
 from eval.score_table import score_table
-from eval.systems import System, description, mask_settings, mode_of, system, systems_of
+from eval.systems import System, description, mask_settings, members_record, mode_of, system, systems_of
 from eval.tasks import load_tasks
 from pipeline.adapter.check import check_adapter, check_settings
-from pipeline.adapter.files import load_adapter, read_peft_config, read_settings
+from pipeline.adapter.files import load_adapter, read_settings
 from pipeline.base import load_base, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.processes import is_main, world_size
 from pipeline.provenance import now
-from pipeline.recipe import Recipe, load_recipe, schema
-from pipeline.run_folder import RECIPE_FILE, check_writable
+from pipeline.recipe import Recipe, schema
+from pipeline.run_folder import check_writable
 
 ANSWERS = "answers"
 """Beside the results of all runs of a recipe: finished answers, which the next run takes up."""
@@ -69,6 +71,8 @@ def evaluate(
     masks = mask_settings(settings, recipe)
     mode = mode_of(recipe.eval, systems)
     check_adapter(recipe.base, adapter, masks if "ensemble" in systems else None)
+    if "deep_ensemble" in systems:
+        check_further(recipe.base, adapter, [Path(folder) for folder in recipe.eval.deep_ensemble])
     if is_main():
         for warning in warnings:
             print(f"warning: {warning}", flush=True)
@@ -98,7 +102,8 @@ def evaluate(
             if progress and is_main():
                 print(f"Evaluating {description(name, recipe.eval)} ({number} of {len(systems)})", flush=True)
             with evaluated.loaded(model):
-                finished[name] = system_scores(lm, tasks, recipe.eval)
+                scores = system_scores(lm, tasks, recipe.eval)
+                finished[name] = replace(scores, members=members_record(evaluated))
     if not is_main():
         return None
     section = our_section(recipe, adapter, settings, masks, finished, started, warnings)
@@ -109,45 +114,6 @@ def evaluate(
     if progress:
         print(f"results and report written to {folder}", flush=True)
     return folder
-
-
-def check_base(base: schema.Base, adapter: Path) -> None:
-    """Compare the recipe's base with the one that the adapter was trained on.
-
-    How it was stored stands in the recipe beside the adapter; an adapter without one is not compared in that.
-
-    Raises:
-        UserError: they are of another name (a folder of the same name elsewhere counts as moved), or stored or computed
-            in another type; the recipe beside the adapter cannot be read.
-    """
-    trained = read_peft_config(adapter).get("base_model_name_or_path")  # null where peft was given a bare model
-    if trained is not None and Path(trained).name != Path(base.model).name:
-        raise UserError(
-            f"{adapter}: trained on the base {trained!r}, but base.model is {base.model!r}.\n"
-            f"Evaluate with base.model={trained}; if that folder was only renamed, mend base_model_name_or_path in "
-            f"{adapter / 'adapter_config.json'}."
-        )
-    if (adapter / RECIPE_FILE).exists():
-        check_storage(base, load_recipe(adapter / RECIPE_FILE).base, adapter)
-
-
-def check_storage(base: schema.Base, trained: schema.Base, adapter: Path) -> None:
-    """Refuse a base of the same name whose weights have other values than those the adapter was trained on.
-
-    Raises:
-        UserError: names both and the overrides that restore the trained one.
-    """
-    keys = ["quantization", "dtype"] + (["double_quantization"] if trained.quantization == "nf4" else [])
-    ours, theirs = base.model_dump(), trained.model_dump()
-    different = [key for key in keys if ours[key] != theirs[key]]
-    if different:
-        was, found = (
-            " ".join(f"base.{key}={str(values[key]).lower()}" for key in different) for values in (theirs, ours)
-        )
-        raise UserError(
-            f"{adapter}: trained on {was}, but this recipe has {found}: another base, whose scores would not be this "
-            f"adapter's.\nEvaluate with {was}"
-        )
 
 
 def process_group() -> dist.ProcessGroup | None:
@@ -170,7 +136,7 @@ def kept_answers(recipe: Recipe, adapter: Path, evaluated: System, lm: EnsembleL
     computing: dict[str, object] = {"mode": lm.mode, "max_length": lm.max_length}
     if lm.mode == "exact":
         computing["batch_size"] = recipe.eval.batch_size  # its bits depend on what shares a batch
-    adapters = [] if evaluated.name == "base" else [adapter]
+    adapters = [] if evaluated.name == "base" else [adapter, *evaluated.further]
     settings = answer_settings(recipe.base, adapters, evaluated.identity, computing, lm.device)
     store = AnswerStore.open(output_root / recipe.name / ANSWERS, settings)
     for line in store.corrupt:
@@ -211,7 +177,12 @@ def memory_advice(section: schema.Eval) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        members = section.ensemble.instances if "ensemble" in section.systems else 1
+        counts = {
+            "eval.ensemble.instances": section.ensemble.instances if "ensemble" in section.systems else 1,
+            "eval.mc_dropout.instances": section.mc_dropout.instances if "mc_dropout" in section.systems else 1,
+        }
+        further = len(section.deep_ensemble) if "deep_ensemble" in section.systems else 0
+        members = max(*counts.values(), 1 + further)
         advice = []
         if section.batch_size == "auto":
             advice.append("eval.batch_size=1 and up, instead of auto (same scores)")
@@ -223,8 +194,7 @@ def memory_advice(section: schema.Eval) -> Iterator[None]:
             advice.append(f"eval.ensemble.rows_per_pass={max(1, rows // 2)} (same scores, slower)")
         if section.num_fewshot != 0:
             advice.append("eval.num_fewshot lower (shorter prompts, another task)")
-        if members > 1:
-            advice.append(f"eval.ensemble.instances={members // 2} (a smaller ensemble)")
+        advice += [f"{key}={count // 2} (a smaller ensemble)" for key, count in counts.items() if count > 1]
         advice.append("base.quantization=nf4, in training too, if it is not yet (another adapter)")
         numbered = "\n".join(f"  {number}. {line}" for number, line in enumerate(advice, start=1))
         raise UserError(f"out of memory in evaluation. Change, in this order:\n{numbered}") from error

@@ -12,8 +12,8 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
+from eval.adapters import check_base
 from eval.lm.members import OneModel
-from eval.run import check_base
 from eval.systems import System, mode_of, system
 from pipeline.adapter.check import why_unmasked
 from pipeline.adapter.files import AdapterSettings, check_adapter_folder, read_peft_config, read_settings
