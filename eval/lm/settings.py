@@ -51,7 +51,7 @@ def answer_settings(
         "computing": dict(computing),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {package: version(package) for package in PACKAGES},
-        "code": code_identity(),
+        "code": CODE_IDENTITY,
         "records": {kind: [field.name for field in fields(record)] for kind, record in RECORDS.items()},
     }
 
@@ -72,10 +72,19 @@ def model_identity(name: str, revision: str) -> dict[str, object]:
     return {"hub": name, "commit": commit}
 
 
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def code_identity() -> str:
     """SHA-256 of the sources in :data:`CODE`."""
     sources = [source for place in CODE for source in sorted((ROOT / place).rglob("*.py")) or [ROOT / place]]
     return hashlib.sha256("".join(_sha256(source) for source in sources).encode()).hexdigest()
+
+
+CODE_IDENTITY = code_identity()
+"""Of the code that runs: taken when it is imported, for files may change while it does."""
 
 
 def _file_identity(file: Path) -> str:
@@ -83,8 +92,3 @@ def _file_identity(file: Path) -> str:
     if status.st_size <= HASHED_BYTES:
         return _sha256(file)
     return f"{status.st_size} bytes, changed at {status.st_mtime_ns} ns"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

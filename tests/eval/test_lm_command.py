@@ -166,7 +166,7 @@ def test_one_member_another_seed_and_a_foreign_adapter_with_a_rate(
 
 def test_answers_are_kept_and_taken_up(adapter: Path, task_folder: Path, tmp_path: Path, capsys: Any) -> None:
     text = f"peft={adapter},instances=2,answers={tmp_path}"
-    first, again = (LoraDropoutLM.create_from_arg_string(text, {"batch_size": 4, "device": "cpu"}) for _ in range(2))
+    first = LoraDropoutLM.create_from_arg_string(text, {"batch_size": 4, "device": "cpu"})
     expected = evaluated(first, task_folder)
     [file] = tmp_path.glob("*/*.jsonl")
     lines = file.read_bytes().splitlines(keepends=True)
@@ -183,13 +183,13 @@ def test_in_mode_exact_answers_of_an_evaluation_with_other_batches_do_not_stand_
 ) -> None:
     def found(text: str, limit: int | None) -> tuple[dict[str, Any], int]:
         lm = LoraDropoutLM.create_from_arg_string(f"peft={adapter}{text}", {"batch_size": 4, "device": "cpu"})
-        return answers(evaluated(lm, task_folder, tasks=TASKS[:2], limit=limit)["samples"]), lm.kept
+        return answers(evaluated(lm, task_folder, tasks=TASKS[:1], limit=limit)["samples"]), lm.kept
 
     kept = f",answers={tmp_path}"
     expected, _ = found("", None)
     found(kept, 7)
     assert found(kept, None)[0] == expected  # bit for bit
-    assert found(kept, None) == (expected, 3 * 11 + 11)
+    assert found(kept, None) == (expected, 3 * 11)
 
 
 def test_the_chat_template_is_the_prompt_of_training(adapter: Path, task_folder: Path) -> None:
