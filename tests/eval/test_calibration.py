@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import entr, log_softmax, softmax
-from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
+from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.functional.classification import binary_calibration_error
 
 from eval.calibration.brier import choice_brier, decomposition
@@ -26,7 +26,7 @@ from eval.calibration.ece import (
     simulated_errors,
 )
 from eval.calibration.entropy import choice_entropies
-from eval.calibration.selective import aurc, auroc, risk_coverage, selective_risks
+from eval.calibration.selective import risk_coverage, selective_risks
 from eval.calibration.temperature import (
     LEAST,
     choice_nll,
@@ -34,6 +34,7 @@ from eval.calibration.temperature import (
     fitted_temperature,
     fold_numbers,
 )
+from eval.statistics import weighted
 
 Draw = np.random.Generator
 
@@ -246,39 +247,17 @@ def test_parts_by_hand() -> None:
 # Ranking by confidence
 
 
-def test_auroc_by_hand() -> None:
-    confidences = np.array([0.9, 0.8, 0.8, 0.4])
-    assert auroc(confidences, np.array([True, True, False, False])) == pytest.approx(3.5 / 4)  # one tie of four pairs
-    assert auroc(confidences, np.array([True] * 4)) is None
-    assert auroc(confidences, np.array([False] * 4)) is None
-    assert auroc(np.full(4, 0.5), np.array([True, True, False, False])) == 0.5
-
-
-@settings(deadline=None)
-@given(st.integers(2, 40), st.integers(0, 2**32 - 1))
-def test_auroc_is_the_share_of_pairs(documents: int, seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    confidences, correct = draw.integers(0, 8, size=documents) / 8, draw.random(documents) < 0.6
-    found = auroc(confidences, correct)
-    pairs = [(a > b) + 0.5 * (a == b) for a in confidences[correct] for b in confidences[~correct]]
-    assert (found is None) == (not pairs)
-    if found is not None:
-        assert found == pytest.approx(np.mean(pairs))
-        assert found == pytest.approx(roc_auc_score(correct, confidences))
-
-
-def test_aurc_by_hand() -> None:
+def test_selective_risks_by_hand() -> None:
     confidences = np.array([0.3, 0.9, 0.6, 0.1])
     correct = np.array([False, True, False, True])
     # the k surest: right | right wrong | ... wrong | ... right
     assert selective_risks(confidences, correct) == pytest.approx([0, 1 / 2, 2 / 3, 2 / 4])
-    assert aurc(confidences, correct) == pytest.approx((0 + 1 / 2 + 2 / 3 + 1 / 2) / 4)
-    assert aurc(confidences, np.array([True] * 4)) == 0
-    assert aurc(confidences, np.array([False] * 4)) == 1
-    assert aurc(np.array([0.5]), np.array([False])) == 1
+    assert selective_risks(confidences, np.array([True] * 4)).tolist() == [0] * 4
+    assert selective_risks(confidences, np.array([False] * 4)).tolist() == [1] * 4
+    assert selective_risks(np.array([0.5]), np.array([False])).tolist() == [1]
 
 
-def test_aurc_of_ties_is_the_mean_over_their_orders() -> None:
+def test_the_risk_of_ties_is_the_mean_over_their_orders() -> None:
     confidences = np.array([0.9, 0.5, 0.5, 0.5, 0.2])
     correct = np.array([False, True, False, True, True])
     orders = [
@@ -298,7 +277,10 @@ def test_the_risk_coverage_curve_ends_in_the_error_rate(documents: int, seed: in
     assert coverages == sorted(set(coverages)) and coverages[-1] == 1
     assert points[-1][1] == pytest.approx(np.mean(~correct))
     order = draw.permutation(documents)
-    assert aurc(confidences[order], correct[order]) == pytest.approx(aurc(confidences, correct))
+    risks = selective_risks(confidences, correct)
+    assert selective_risks(confidences[order], correct[order]) == pytest.approx(risks)
+    area = weighted.aurc(np.ones((1, documents)), confidences, correct)
+    assert risks.mean() == pytest.approx(area[0])
 
 
 # Entropies
