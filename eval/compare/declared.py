@@ -107,7 +107,7 @@ def detectable(
         elif discordance is not None:
             shares = [(discordance, "stated")]
         else:
-            shares = [(share, "supposed") for share in DISCORDANCES]
+            shares = [] if pilot else [(share, "supposed") for share in DISCORDANCES]
         documents, clusters = sizes[unit.name]
         for share, source in shares:
             effect = minimum_detectable_effect(documents, share) if share > 0 else None

@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.compare.schema import Comparison, RunFacts
-from eval.compare.words import DETECTABLE_TITLES, NOISE_TITLES, Row, detectable_texts, family_rows, noise_texts
-from eval.numbers import capital
+from eval.compare.words import NOISE_TITLES, Row, detectable_table, family_rows, noise_texts
 
 MOST_NOISE = 5
 """Columns of the noise that fit on 80 characters."""
@@ -27,18 +26,17 @@ def terminal(comparison: Comparison) -> RenderableType:
     """What is shown."""
     parts: list[RenderableType] = [methods_table(comparison) if comparison.methods else runs_table(comparison.runs)]
     parts += [Text(f"Note: {note}", style="yellow") for note in comparison.notes]
-    parts += [Text(""), *(Text(capital(sentence)) for sentence in comparison.verdict)]
+    parts += [Text(""), *(Text(sentence) for sentence in comparison.verdict[: 1 if comparison.family else None])]
     rows = family_rows(comparison)
     for pair in dict.fromkeys(row.pair for row in rows):
-        parts += [Text(""), Text(capital(pair), style="bold"), differences_table([r for r in rows if r.pair == pair])]
+        parts += [Text(""), Text(pair, style="bold"), differences_table([r for r in rows if r.pair == pair])]
     if comparison.family:
         parts.append(Text(f"Family: {comparison.family.rule}", style="dim"))
     noise = [noise_texts(one)[:MOST_NOISE] for one in comparison.mask_noise if one.in_family]
     if noise:
         parts += [Text(""), plain_table(NOISE_TITLES[:MOST_NOISE], noise, left=2)]
     if comparison.detectable:
-        effects = [detectable_texts(one) for one in comparison.detectable]
-        parts += [Text(""), Text(DETECTABLE), plain_table(DETECTABLE_TITLES, effects, left=1)]
+        parts += [Text(""), Text(DETECTABLE), plain_table(*detectable_table(comparison.detectable), left=1)]
     return Group(*parts)
 
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eval.compare.schema import Comparison, Detectable, Difference, MaskNoise, MethodDifference, TaskComparison
-from eval.numbers import FIXED_SPACE, decimals, number, p_text
+from eval.numbers import FIXED_SPACE, capital, decimals, number, p_text
 
 LEVEL = 0.05
 """Of the family: adjusted p-values up to it are called differences."""
 MOST_SENTENCES = 4
 NONE = "\N{EN DASH}"
 NOISE_TITLES = ["task", "metric", "mean", "SD over masks", "95 % interval of the SD", "lowest to highest"]
-DETECTABLE_TITLES = ["task", "documents", "discordance", "detectable difference"]
 
 
 @dataclass(frozen=True)
@@ -138,17 +137,30 @@ def noise_texts(found: MaskNoise) -> tuple[str, str, str, str, str, str]:
     )
 
 
-def detectable_texts(found: Detectable) -> tuple[str, str, str, str]:
-    """(task, documents, discordance with its source, effect)."""
-    effect = "more than the discordance" if found.effect is None else f"{number(100 * found.effect, 1)} points"
-    if found.effect is not None and not found.independent:
-        effect = f"at least {effect}"
-    return (
-        found.task,
-        f"{found.documents:,}",
-        f"{100 * found.discordance:.3g}{FIXED_SPACE}% ({found.source})",
-        effect,
-    )
+def detectable_table(found: Sequence[Detectable]) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows: a row per task, a column per supposed discordance, or one where it is stated or measured."""
+    by_task: dict[str, list[Detectable]] = {}
+    for one in found:
+        by_task.setdefault(one.task, []).append(one)
+    supposed = [one.discordance for one in next(iter(by_task.values()))] if found[0].source == "supposed" else []
+    if supposed:
+        titles = [f"if d is {100 * share:g}{FIXED_SPACE}%" for share in supposed]
+        rows = [[effect_text(one) for one in of_task] for of_task in by_task.values()]
+    else:
+        titles = ["d", "difference"]
+        rows = [
+            [f"{100 * one.discordance:.3g}{FIXED_SPACE}% ({one.source})", effect_text(one)]
+            for (one,) in by_task.values()
+        ]
+    sizes = [[task, f"{of_task[0].documents:,}"] for task, of_task in by_task.items()]
+    return ["task", "documents", *titles], [size + row for size, row in zip(sizes, rows, strict=True)]
+
+
+def effect_text(found: Detectable) -> str:
+    """``4.0 points``; a dash where no difference that the discordance allows would be found."""
+    if found.effect is None:
+        return NONE
+    return f"{'' if found.independent else 'at least '}{number(100 * found.effect, 1)} points"
 
 
 def verdict(family: Sequence[TaskComparison | MethodDifference]) -> list[str]:
@@ -164,7 +176,8 @@ def verdict(family: Sequence[TaskComparison | MethodDifference]) -> list[str]:
     one_pair = len(set(pairs)) == 1
     names = [one.task if one_pair else f"{one.task}, {pair}" for one, pair in zip(family, pairs, strict=True)]
     sentences = [sentence(name, one) for name, one in zip(names, found, strict=True)]
-    return [f"{f'{pairs[0]}: ' if one_pair else ''}{opening(holding, tested)}", *cut_sentences(sentences, "tests are")]
+    first = opening(holding, tested)
+    return [f"{pairs[0]}: {first}" if one_pair else capital(first), *cut_sentences(sentences, "tests are")]
 
 
 def opening(holding: int, tested: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from eval.compare import words
 from eval.compare.picture import MOST_ROWS, panels
-from eval.compare.schema import Comparison, TaskComparison
+from eval.compare.schema import Comparison, Flip, RunFacts, TaskComparison
 from eval.numbers import number
 from eval.report.page import render, style_sheet
 from eval.report.svg import write_pictures
@@ -68,7 +68,8 @@ def context(comparison: Comparison) -> dict[str, Any]:
         "verdict": comparison.verdict,
         "notes": comparison.notes,
         "runs": comparison.runs,
-        "masked": any(run.mask_seed is not None for run in comparison.runs),
+        "run_titles": ["run", "folder", "system taken", "training seed", "mask seed"],
+        "run_rows": [run_texts(run) for run in comparison.runs],
         "methods": comparison.methods,
         "settings": comparison.settings,
         "panels": panels(comparison),
@@ -89,8 +90,7 @@ def context(comparison: Comparison) -> dict[str, Any]:
         ],
         "noise": [words.noise_texts(one) for one in comparison.mask_noise],
         "noise_titles": words.NOISE_TITLES,
-        "detectable": [words.detectable_texts(one) for one in comparison.detectable],
-        "detectable_titles": words.DETECTABLE_TITLES,
+        "detectable": words.detectable_table(comparison.detectable) if comparison.detectable else None,
         **headings(comparison),
         "meaning": meaning(comparison),
         "written": comparison.written,
@@ -98,6 +98,12 @@ def context(comparison: Comparison) -> dict[str, Any]:
         "versions": comparison.versions,
         "css": style_sheet(),
     }
+
+
+def run_texts(run: RunFacts) -> list[str]:
+    """One run as a row."""
+    masks = words.NONE if run.mask_seed is None else str(run.mask_seed)
+    return [run.label, run.folder, run.system_taken, str(run.training_seed), masks]
 
 
 def headings(comparison: Comparison) -> dict[str, str]:
@@ -131,7 +137,7 @@ def task_section(task: TaskComparison) -> dict[str, Any]:
     }
 
 
-def flip_texts(flip: Any) -> dict[str, str]:
+def flip_texts(flip: Flip) -> dict[str, str]:
     """A document with both answers."""
     return {
         "name": f"{flip.task}, document {flip.doc_id}",
@@ -162,13 +168,13 @@ def meaning(comparison: Comparison) -> list[str]:
     if comparison.kind == "mask seeds":
         return [
             "The adapter and the documents are the same, only the masks are drawn anew: this is the ensemble's own "
-            "noise. A difference between ensembles that is no larger needs no other explanation. It says nothing of "
+            "noise. A difference of this size between two ensembles may be nothing but the masks. It says nothing of "
             "other training seeds or other documents.",
         ]
     return [
         "These numbers speak of two adapters (or two uses of one), as they were trained. They do not speak of the "
-        "methods that made them: a method's next training run may come out elsewhere. For methods, train five or more "
-        "paired seeds and use --method.",
+        "methods that made them: a method's next training run may come out elsewhere. To compare methods, train five "
+        "or more paired seeds of each (launch/compare.py --help).",
         "Both runs answered the same documents, and the tests are paired. Intervals are 95 % and not adjusted; "
         "p-values of the family are adjusted by Holm; all other metrics are exploratory and unadjusted. Expected "
         "calibration errors are not compared: they are biased, each by another amount. NLL, Brier score and NLL after "
