@@ -151,7 +151,8 @@ def counted(first: UnitMaterial, second: UnitMaterial, metric: str) -> bool:
 def bootstrap_intervals(first: UnitMaterial, second: UnitMaterial, metrics: Sequence[str]) -> dict[str, Interval]:
     """Paired: both runs are scored on the same draws."""
     differences = {key: difference(second.scores[key].statistic, first.scores[key].statistic) for key in metrics}
-    return intervals(differences, first.answers.clusters, first.answers.strata, draws=DRAWS) if metrics else {}
+    clusters, strata = first.answers.clusters, first.answers.strata
+    return intervals(differences, clusters, strata, draws=DRAWS, method="percentile") if metrics else {}
 
 
 def one_difference(

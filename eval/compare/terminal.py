@@ -14,6 +14,8 @@ from eval.compare.words import NOISE_TITLES, Row, detectable_table, family_rows,
 
 MOST_NOISE = 5
 """Columns of the noise that fit on 80 characters."""
+FIRST_COLUMN = 20
+"""Characters of a task's name that do not fold."""
 DETECTABLE = "Detectable with 80 % power, known beforehand:"
 
 
@@ -65,7 +67,7 @@ def near(folder: str) -> str:
 
 def differences_table(rows: Sequence[Row]) -> Table:
     """The tested differences of one pair; an asterisk marks those that hold."""
-    heading = ("task", "metric", "first", "second", "difference", "95 %", "p", "Holm")
+    heading = ("task", "metric", "first", "second", "change", "95 %", "p", "Holm")
     cells = [
         (
             row.task,
@@ -83,10 +85,17 @@ def differences_table(rows: Sequence[Row]) -> Table:
 
 
 def plain_table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
-    """A table without lines; the first columns are text, the others numbers."""
+    """A table without lines; the first columns are text and may fold, the others numbers."""
     table = Table(box=None, pad_edge=False)
     for place, name in enumerate(heading):
-        table.add_column(name, justify="left" if place < left else "right", overflow="fold", no_wrap=place >= left)
+        widest = max(len(text) for text in (name, *(row[place] for row in rows)))
+        table.add_column(
+            name,
+            justify="left" if place < left else "right",
+            overflow="fold",
+            no_wrap=place >= left,
+            min_width=min(widest, FIRST_COLUMN) if place == 0 else None,
+        )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
