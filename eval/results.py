@@ -25,7 +25,6 @@ from eval.report import write_report
 from eval.tasks import leaf_tasks
 from pipeline.adapter.files import AdapterSettings, adapter_rank, read_peft_config
 from pipeline.base import base_identity
-from pipeline.errors import UserError
 from pipeline.processes import world_size
 from pipeline.provenance import git_state, machine, now, versions
 from pipeline.recipe import Recipe, recipe_to_yaml
@@ -79,19 +78,14 @@ def add_records(samples: dict[str, list[dict[str, Any]]], lm: EnsembleLM, tasks:
             }
 
 
-def gold_choice(task: Task, document: dict[str, Any]) -> int:
-    """Index of the right choice, as lm-eval reads the task file.
-
-    Raises:
-        UserError: the document names none of its choices.
-    """
-    target = task.doc_to_target(document)
+def gold_choice(task: Task, document: dict[str, Any]) -> int | None:
+    """Index of the right choice, as lm-eval reads the task file; None where there is not exactly one."""
     choices = task.doc_to_choice(document)
+    # With several contexts and one continuation (WinoGrande) the context's index is the answer.
+    target = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
     if isinstance(target, str) and target in choices:
-        target = choices.index(target)
-    if not isinstance(target, int) or not 0 <= target < len(choices):
-        raise UserError(f"task {task.task_name}: the right choice is {target!r}, expected one of {choices}")
-    return target
+        return choices.index(target)
+    return target if isinstance(target, int) and 0 <= target < len(choices) else None
 
 
 def add_stderrs(results: dict[str, Any], samples: dict[str, list[dict[str, Any]]], tasks: list[Task | Group]) -> None:

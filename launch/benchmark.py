@@ -3,6 +3,7 @@
 python launch/benchmark.py recipes/pocket/pocket.yaml [key=value ...]          on the recipe's own base and rows
 python launch/benchmark.py --shape llama2-7b --layers 4 [key=value ...]        random base of that size, no download
 python launch/benchmark.py --level layer --shape llama2-7b --tokens 512        one linear layer of it
+python launch/benchmark.py --level evaluation --shape width-1024 --layers 4    scoring and decoding, against lm-eval
 
 Settings come from the recipe, by default recipes/alpaca.yaml. The variants share one frozen base; each has an adapter
 and an optimizer of its own.
@@ -44,6 +45,20 @@ def recipe_and_overrides(words: list[str], shape: str | None) -> tuple[Path, lis
     return Path(files[0]) if files else REPOSITORY / "recipes/alpaca.yaml", [word for word in words if "=" in word]
 
 
+def check_evaluation(shape: str | None, plot: Path | None, variants: str) -> None:
+    """Refuse options that ``--level evaluation`` has not.
+
+    Raises:
+        UserError: names the option.
+    """
+    if shape is None:
+        raise UserError("--level evaluation: measures a random base; give its --shape, e.g. --shape width-1024")
+    if plot is not None:
+        raise UserError("--plot: --level evaluation draws none; leave it out, --json has the numbers")
+    if variants != DEFAULT_VARIANTS:
+        raise UserError("--variants: are of training steps; --level evaluation has its own, leave the option out")
+
+
 def benchmark(
     words: Annotated[
         list[str] | None,
@@ -55,7 +70,10 @@ def benchmark(
         int | None,
         typer.Option(min=2, help="Random tokens per row. Default: the recipe's rows; its longest, if random."),
     ] = None,
-    level: Annotated[Literal["model", "layer"], typer.Option(help="Training steps, or one linear layer.")] = "model",
+    level: Annotated[
+        Literal["model", "layer", "evaluation"],
+        typer.Option(help="Training steps, one linear layer, or evaluation with an ensemble."),
+    ] = "model",
     variants: Annotated[
         str, typer.Option(help="lora, lora-dropout, example[-N], instance-N[-sequential].")
     ] = DEFAULT_VARIANTS,
@@ -78,6 +96,11 @@ def benchmark(
 
     recipe = load_recipe(recipe_file, overrides)
 
+    if level == "evaluation":
+        check_evaluation(shape, plot, variants)
+        from eval.benchmark import benchmark as run_evaluation
+        from eval.benchmark import print_result as print_evaluation
+
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
@@ -87,6 +110,14 @@ def benchmark(
     from pipeline.provenance import write_json
 
     disable_progress_bar()
+    if level == "evaluation":
+        assert shape is not None
+        with progress(Console(stderr=True)) as tell:
+            found = run_evaluation(recipe, shape, layers, tokens, rounds, warmup, seed, tell)
+        print_evaluation(found)
+        if json_file is not None:
+            write_json(json_file, found)
+        return
     settings = Settings(variants, shape, layers, tokens, level == "layer", rounds, warmup, seed)
     with progress(Console(stderr=True)) as tell:
         result = run(recipe, settings, tell)

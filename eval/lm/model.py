@@ -24,15 +24,15 @@ from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from eval.lm.average import RunningAverage
-from eval.lm.decode import EnsembleDecoder
+from eval.lm.decode import EnsembleDecoder, FiniteScores
 from eval.lm.generated import generated_record
 from eval.lm.layout import truncated
 from eval.lm.members import Members, OneModel, passes
 from eval.lm.records import GeneratedRecord, RequestRecord, ScoredRecord
-from eval.lm.score import NotFinite, Scorer
+from eval.lm.score import NotFinite, Scorer, TooLong
 from eval.lm.sharing import shared_answers
 from eval.lm.store import AnswerStore, request_key
 from eval.logs import quiet
@@ -42,6 +42,9 @@ TokenRequest = tuple[Any, list[int], list[int]]
 """lm-eval's: (texts, context tokens, continuation tokens)."""
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}
 """Enough for the matrix products to be efficient; more only takes memory."""
+
+CPU_BATCH_SIZE = 8
+"""What ``auto`` means for generation in mode fast on a CPU."""
 
 
 class EnsembleLM(HFLM):
@@ -164,6 +167,8 @@ class EnsembleLM(HFLM):
             answers = super().loglikelihood(requests, disable_tqdm)
         except NotFinite as error:
             raise _not_finite(requests[error.request]) from error
+        except TooLong as error:
+            raise _too_long(requests[error.request], error.tokens, self.max_length) from error
         for request, (score, _) in zip(requests, answers, strict=True):
             if not math.isfinite(score):
                 raise _not_finite(request)
@@ -199,7 +204,14 @@ class EnsembleLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Per request: log-likelihood and whether greedy; in mode fast the records are in ``_latest`` then."""
+        """Per request: log-likelihood and whether greedy; in mode fast the records are in ``_latest`` then.
+
+        Raises:
+            TooLong: a continuation does not fit (lm-eval stops at an assertion).
+        """
+        for index, (_, _, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise TooLong(index, len(continuation))
         if self.mode == "fast":
             self._latest = self._scored(requests, disable_tqdm)
             return [(record.running[-1], record.greedy) for record in self._latest]
@@ -254,23 +266,25 @@ class EnsembleLM(HFLM):
         batches, size = self._batches(requests, override_bs)
         keys = _batch_keys([request_key("loglikelihood", part.context, part.continuation) for part, _ in cut], batches)
         self.kept += sum(store.get(key) is not None for key in keys)
+        found: dict[int, tuple[float, bool]] = {}
         with _progress(len(requests), 0, "log-likelihoods", disable_tqdm) as bar:
             for batch in batches:
-                if any(store.get(keys[index]) is None for index in batch):
+                records = {index: store.get(keys[index]) for index in batch}
+                kept = {i: (r.running[-1], r.greedy) for i, r in records.items() if isinstance(r, ScoredRecord)}
+                if len(kept) < len(batch):
                     part = [requests[index] for index in batch]
                     answers = super()._loglikelihood_tokens(part, disable_tqdm=True, override_bs=size)
-                    for index, (score, _) in zip(batch, answers, strict=True):
-                        if not math.isfinite(score):
-                            raise NotFinite(index)
+                    kept = dict(zip(batch, answers, strict=True))
                     store.add(
                         {
                             keys[index]: ScoredRecord([score], [score], greedy, len(cut[index][0].continuation), 0, 0.0)
-                            for index, (score, greedy) in zip(batch, answers, strict=True)
+                            for index, (score, greedy) in kept.items()
+                            if math.isfinite(score)  # the caller, who knows the request's name, stops at another
                         }
                     )
+                found |= kept
                 bar.update(len(batch))
-        records = [store.get(key) for key in keys]
-        return [(record.running[-1], record.greedy) for record in records if isinstance(record, ScoredRecord)]
+        return [found[index] for index in range(len(requests))]
 
     def _batches(self, requests: list[TokenRequest], override_bs: int | None) -> tuple[list[list[int]], int]:
         """Indices of the requests in each of lm-eval's batches, and their size in contexts."""
@@ -313,9 +327,11 @@ class EnsembleLM(HFLM):
     # Generation
 
     def _generated(self, requests: list[Instance], disable_tqdm: bool) -> list[tuple[str, GeneratedRecord | None]]:
-        """lm-eval's code, a batch at a time where records or a store ask for it."""
-        if self.mode == "exact" and self.store is None:
-            return [(text, None) for text in super().generate_until(requests, disable_tqdm)]
+        """lm-eval's code, a batch of its own at a time, so that what is finished can be kept.
+
+        Raises:
+            UserError: a score is NaN or infinite.
+        """
         keys = _generation_keys(requests)
         found: dict[int, GeneratedRecord] = {}
         with self._batch_size_found():
@@ -330,7 +346,10 @@ class EnsembleLM(HFLM):
                 for batch in batches:
                     if not found.keys() >= set(batch):
                         part = [requests[index] for index in batch]
-                        records = self._generated_batch(part, seed=int(keys[batch[0]][:8], 16))
+                        try:
+                            records = self._generated_batch(part, seed=int(keys[batch[0]][:8], 16))
+                        except NotFinite as error:
+                            raise _not_finite(part[error.request]) from error
                         new = {i: r for i, r in zip(batch, records, strict=True) if i not in found}
                         if self.store is not None and not (self.mode == "exact" and _sampled(part[0])):
                             self.store.add({keys[index]: record for index, record in new.items()})
@@ -370,18 +389,34 @@ class EnsembleLM(HFLM):
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
         """``(B, T)`` left-padded prompts to ``(B, max_length)`` at most; the ensemble decodes with one shared token."""
+        generation_kwargs["logits_processor"] = LogitsProcessorList([FiniteScores()])
         if self.mode == "fast":
             generation_kwargs["custom_generate"] = self._decoder
         elif not isinstance(self.members, OneModel):
             generation_kwargs["custom_generate"] = EnsembleDecoder(self.members)
         return super()._model_generate(context=context, max_length=max_length, stop=stop, **generation_kwargs)
 
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        """lm-eval's: of whole passes, in which all members take part.
+
+        Raises:
+            torch.OutOfMemoryError: one request does not fit.
+        """
+        try:
+            return int(super()._detect_batch_size(requests, pos))
+        except RuntimeError as error:
+            if "No executable batch size found" not in str(error):  # accelerate 1.15
+                raise
+            raise torch.OutOfMemoryError("one request does not fit in memory") from error
+
     @contextmanager
     def _batch_size_found(self) -> Iterator[None]:
         """Inside, ``auto`` is the number that was found: lm-eval would look for it in every batch again."""
         asked: int | str = self.batch_size
         if asked == "auto":
-            self.batch_size_per_gpu = self._detect_batch_size()
+            # On a CPU nothing runs out of memory, and the search would take minutes in passes of the whole context.
+            on_cpu = self.mode == "fast" and self.device.type == "cpu"
+            self.batch_size_per_gpu = CPU_BATCH_SIZE if on_cpu else self._detect_batch_size()
         try:
             yield
         finally:
@@ -450,6 +485,14 @@ def _batch_keys(keys: list[str], batches: list[list[int]]) -> list[str]:
         for index in batch:
             found[index] = request_key("in a batch", keys[index], whole)
     return found
+
+
+def _too_long(request: Instance, tokens: int, most: int) -> UserError:
+    return UserError(
+        f"task {request.task_name}, document {request.doc_id}: a text to be scored has {tokens} tokens, but the base's "
+        f"context is {most}, and only what comes before it may be cut.\nIt begins with {request.args[1][:120]!r}.\n"
+        "Leave the document out of the task, or take a base with a longer context."
+    )
 
 
 def _not_finite(request: Instance) -> UserError:

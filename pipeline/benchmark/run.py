@@ -266,7 +266,7 @@ def _conditions(recipe: Recipe, settings: Settings, device: torch.device) -> dic
         "rounds": settings.rounds,
         "warmup": max(settings.warmup, 2),
         "seed": settings.seed,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "git": git_state(),
@@ -275,7 +275,7 @@ def _conditions(recipe: Recipe, settings: Settings, device: torch.device) -> dic
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The CPU's name, where Linux tells it."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []

@@ -31,6 +31,7 @@ SHAPES: Mapping[str, Mapping[str, int | bool]] = MappingProxyType(
     {
         "tiny": _llama(64, 176, 2, 4, 4, 512),
         # the vocabulary is small, so that the output head, which no mask touches, does not dilute the ratios
+        "width-512": _llama(512, 1408, 8, 8, 8, 2048),
         "width-1024": _llama(1024, 2816, 8, 16, 16, 2048),
         "tinyllama-1.1b": _llama(2048, 5632, 22, 32, 4, 32000),
         "llama3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256, tied=True),
@@ -39,7 +40,7 @@ SHAPES: Mapping[str, Mapping[str, int | bool]] = MappingProxyType(
         "llama2-13b": _llama(5120, 13824, 40, 40, 40, 32000),
     }
 )
-"""LLaMA configurations by name, as their authors published them; ``tiny`` and ``width-1024`` are ours."""
+"""LLaMA configurations by name, as their authors published them; ``tiny`` and ``width-*`` are ours."""
 
 
 def shape_config(name: str, layers: int | None = None) -> LlamaConfig:
