@@ -13,7 +13,7 @@ from eval.analysis.samples import Bools, Floats, Ints
 from eval.analysis.schema import Bin, BrierParts, CalibrationError, Estimate
 from eval.calibration import brier, ece, selective
 from eval.statistics import weighted
-from eval.statistics.bootstrap import SEED, STRATA_TO_RESAMPLE, Interval, intervals, intervals_over_strata
+from eval.statistics.bootstrap import SEED, STRATA_TO_RESAMPLE, Interval, Method, intervals, intervals_over_strata
 from eval.statistics.proportions import wilson
 from eval.statistics.weighted import Values
 
@@ -57,7 +57,7 @@ def independent(clusters: Ints, strata: Ints) -> bool:
 
 
 def estimates(
-    scores: Mapping[str, Score], clusters: Ints, strata: Ints, draws: int
+    scores: Mapping[str, Score], clusters: Ints, strata: Ints, draws: int, method: Method = "bca"
 ) -> tuple[dict[str, Estimate], list[str]]:
     """Every score with its 95 % interval, and notes on those that have no value or no interval.
 
@@ -66,7 +66,7 @@ def estimates(
     """
     alone = independent(clusters, strata)
     drawn = {name: score for name, score in scores.items() if score.right is None or not alone}
-    found = intervals({name: score.statistic for name, score in drawn.items()}, clusters, strata, draws)
+    found = intervals({name: score.statistic for name, score in drawn.items()}, clusters, strata, draws, method=method)
     told: dict[str, Estimate] = {}
     notes = []
     for name, score in scores.items():

@@ -32,7 +32,7 @@ def rolling_analysis(answers: RollingAnswers, own: OwnScores, draws: int) -> Tas
     if answers.greedy is not None:
         scores = {"acc": mean_of(answers.greedy.astype(np.float64), True, percent=True), **scores}
     others, notes = own_scores(answers, own, KNOWN)
-    metrics, told = estimates({**scores, **others}, answers.clusters, answers.strata, draws)
+    metrics, told = estimates({**scores, **others}, answers.clusters, answers.strata, draws, "percentile")
     named = [name for name in ("acc", "bits_per_byte", *answers.scored) if name in metrics]
     return TaskAnalysis(
         kind="rolling" if answers.greedy is None else "other",

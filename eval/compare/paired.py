@@ -95,7 +95,9 @@ def is_accuracy(material: UnitMaterial, metric: str) -> bool:
     return metric in material.scores and material.scores[metric].right is not None
 
 
-def compared(unit: Unit, runs: tuple[Run, Run], material: tuple[Material, Material], primary: str) -> TaskComparison:
+def compared(
+    unit: Unit, runs: tuple[Run, Run], material: tuple[Material, Material], primary: str, most: int
+) -> TaskComparison:
     """Second run minus first on one task or group.
 
     Args:
@@ -103,6 +105,7 @@ def compared(unit: Unit, runs: tuple[Run, Run], material: tuple[Material, Materi
         runs: first and second.
         material: theirs, on the same documents.
         primary: the tested metric.
+        most: flips of each direction with text; parts of groups have none, the group has them.
 
     Raises:
         UserError: the primary metric cannot be computed from the samples.
@@ -131,7 +134,7 @@ def compared(unit: Unit, runs: tuple[Run, Run], material: tuple[Material, Materi
         differences=[
             one_difference(key, estimates[key], first, second, found.get(key), key == primary) for key in keys
         ],
-        flips=flips(first.answers, second.answers, primary, first.task_of),
+        flips=flips(first.answers, second.answers, primary, first.task_of, most if unit.in_family else 0),
         notes=[f"Not compared, for want of values per document in both runs: {', '.join(left_out)}."]
         if left_out
         else [],

@@ -32,6 +32,12 @@ SIZES = (277, 1000)
 ARTICLES = 62
 """WikiText-2's test set."""
 TRUTH_DOCUMENTS = 1_500_000
+USED_FOR_COUNTS = {"accuracy": "Wilson", "difference of accuracy": "Bonett-Price"}
+"""Of independent documents."""
+DRAWS = 1000
+"""Of the bootstrap: reports have twice as many, which only makes the same ends less noisy."""
+AURC_OF = ("calibrated", "overtrained")
+"""The score that takes half of the time, and has no bar."""
 WRITTEN = Path(__file__).with_name("interval_coverage.json")
 
 
@@ -45,6 +51,8 @@ class Coverage:
     method: str
     truth: float
     sets: int
+    used: bool
+    """Whether it is the interval that reports and comparisons show."""
     without: int = 0
     """Test sets without an interval."""
     above: int = 0
@@ -65,7 +73,11 @@ class Coverage:
         return 100 * (1 - (self.above + self.below) / (self.sets - self.without))
 
 
-def statistics_of(found: TestSet) -> dict[str, bootstrap.Statistic]:
+def used_method(score: str) -> bootstrap.Method:
+    return "percentile" if score.startswith("difference") else "bca"
+
+
+def statistics_of(found: TestSet, with_aurc: bool = True) -> dict[str, bootstrap.Statistic]:
     """Every score of the first model, and the paired differences of both."""
     a, b = found.first, found.second
     two_classes = {
@@ -79,7 +91,7 @@ def statistics_of(found: TestSet) -> dict[str, bootstrap.Statistic]:
         "AUROC": partial(auroc, scores=a.confidence, positive=a.correct),
         "over-confidence": partial(overconfidence, confidences=a.confidence, correct=a.correct),
         **(two_classes if found.gold.max() < 2 else {}),
-        "AURC": partial(aurc, confidences=a.confidence, correct=a.correct),
+        **({"AURC": partial(aurc, confidences=a.confidence, correct=a.correct)} if with_aurc else {}),
         "difference of accuracy": difference(partial(mean, values=a.correct), partial(mean, values=b.correct)),
         "difference of NLL": difference(partial(mean, values=a.nll), partial(mean, values=b.nll)),
         "difference of Brier": difference(partial(mean, values=a.brier), partial(mean, values=b.brier)),
@@ -94,24 +106,27 @@ def whole(statistic: bootstrap.Statistic, documents: int) -> float:
     return float(statistic(np.ones((1, documents)))[0])
 
 
-def population_coverage(name: str, documents: int, sets: int, draws: int = bootstrap.DRAWS) -> list[Coverage]:
+def population_coverage(
+    name: str, documents: int, sets: int, draws: int = DRAWS, truth_documents: int = TRUTH_DOCUMENTS
+) -> list[Coverage]:
     """All intervals on ``sets`` test sets of one population."""
     population: Population = POPULATIONS[name]
-    large = statistics_of(draw(population, TRUTH_DOCUMENTS, np.random.default_rng(1)))
-    truth = {score: whole(statistic, TRUTH_DOCUMENTS) for score, statistic in large.items()}
+    large = statistics_of(draw(population, truth_documents, np.random.default_rng(1)), name in AURC_OF)
+    truth = {score: whole(statistic, truth_documents) for score, statistic in large.items()}
     methods = ("bca", "percentile")
     table = {
-        (score, method): Coverage(name, documents, score, method, truth[score], sets)
+        (score, method): Coverage(name, documents, score, method, truth[score], sets, method == used_method(score))
         for score in truth
         for method in methods
     }
-    if population.cluster == 1:
-        for score, method in (("accuracy", "Wilson"), ("difference of accuracy", "Bonett-Price")):
-            table[score, method] = Coverage(name, documents, score, method, truth[score], sets)
+    for score, method in USED_FOR_COUNTS.items() if population.cluster == 1 else ():
+        table[score, method] = Coverage(name, documents, score, method, truth[score], sets, used=True)
+        for other in methods:
+            table[score, other].used = False
     generator = np.random.default_rng(2)
     for number in range(sets):
         found = draw(population, documents, generator)
-        statistics = statistics_of(found)
+        statistics = statistics_of(found, name in AURC_OF)
         for score, ends in _both(statistics, found.clusters, draws, number).items():
             for method, (low, high) in zip(methods, ends, strict=True):
                 table[score, method].count(low, high)
@@ -124,11 +139,14 @@ def population_coverage(name: str, documents: int, sets: int, draws: int = boots
     return list(table.values())
 
 
-def articles_coverage(sets: int, draws: int = bootstrap.DRAWS) -> list[Coverage]:
+def articles_coverage(sets: int, draws: int = DRAWS) -> list[Coverage]:
     """Bits per byte over whole articles of very different lengths."""
     large = statistics_of_articles(draw_articles(TRUTH_DOCUMENTS, np.random.default_rng(1)))
     truth = whole(large["bits per byte"], TRUTH_DOCUMENTS)
-    table = [Coverage("articles", ARTICLES, "bits per byte", method, truth, sets) for method in ("bca", "percentile")]
+    table = [
+        Coverage("articles", ARTICLES, "bits per byte", method, truth, sets, method == "percentile")
+        for method in ("bca", "percentile")
+    ]
     generator = np.random.default_rng(2)
     for number in range(sets):
         statistics = statistics_of_articles(draw_articles(ARTICLES, generator))
@@ -163,9 +181,9 @@ def calibrated_confidences(documents: int, generator: np.random.Generator) -> tu
     return confidences, generator.random(documents) < confidences
 
 
-def ece_control(documents: int, sets: int, draws: int = bootstrap.DRAWS) -> list[Coverage]:
+def ece_control(documents: int, sets: int, draws: int = DRAWS) -> list[Coverage]:
     """The negative control: a percentile bootstrap of ECE, for a calibrated model whose true ECE is 0."""
-    row = Coverage("perfectly calibrated", documents, "ECE", "percentile", 0.0, sets)
+    row = Coverage("perfectly calibrated", documents, "ECE", "percentile", 0.0, sets, used=False)
     generator = np.random.default_rng(3)
     plan = bootstrap.sampling(np.arange(documents), np.zeros(documents))
     for number in range(sets):
@@ -179,7 +197,7 @@ def ece_control(documents: int, sets: int, draws: int = bootstrap.DRAWS) -> list
     return [row]
 
 
-def ece_rejections(documents: int, sets: int, draws: int = 1000) -> dict[str, float]:
+def ece_rejections(documents: int, sets: int, draws: int = DRAWS) -> dict[str, float]:
     """Percent of perfectly calibrated models that the consistency test rejects at 5 %, by binning."""
     generator = np.random.default_rng(4)
     rejected = np.zeros(2)
@@ -204,15 +222,12 @@ def _job(arguments: tuple[str, int, int]) -> tuple[list[Coverage], dict[str, dic
 
 
 def printed(rows: Iterable[Coverage]) -> None:
-    print(
-        f"{'population':21}{'documents':>9}  {'score':24}{'method':13}{'truth':>8}  covers  misses below / above  none"
-    )
+    header = f"{'population':21}{'documents':>9}  {'score':24}{'method':13}used{'truth':>8}"
+    print(f"{header}  covers  misses below / above  none")
     for row in rows:
-        print(
-            f"{row.population:21}{row.documents:9}  {row.score:24}{row.method:13}{row.truth:8.3f}  {row.percent:5.1f} %"
-            f"  {100 * row.below / row.sets:7.1f} / {100 * row.above / row.sets:.1f} %      {row.without}",
-            flush=True,
-        )
+        first = f"{row.population:21}{row.documents:9}  {row.score:24}{row.method:13}{'yes' if row.used else '':4}"
+        missed = f"{100 * row.below / row.sets:7.1f} / {100 * row.above / row.sets:.1f} %"
+        print(f"{first}{row.truth:8.3f}  {row.percent:5.1f} %  {missed}      {row.without}", flush=True)
 
 
 def main() -> None:
@@ -234,7 +249,7 @@ def main() -> None:
     command = f"python tests/eval/statistics/interval_coverage.py --sets {chosen.sets} --processes {chosen.processes}"
     lines = [json.dumps({**asdict(row), "covers_percent": round(row.percent, 2)}) for row in rows]
     chosen.out.write_text(
-        f'{{"command": {json.dumps(command)}, "draws": {bootstrap.DRAWS}, '
+        f'{{"command": {json.dumps(command)}, "draws": {DRAWS}, '
         f'"seconds": {round(time.monotonic() - started)},\n"calibrated_models_rejected_percent": '
         f'{json.dumps(rejections)},\n"coverage": [\n' + ",\n".join(lines) + "\n]}\n"
     )

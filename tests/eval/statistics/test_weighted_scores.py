@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from eval.calibration import selective
+from eval.calibration.selective import selective_risks
 from eval.statistics.bootstrap import Statistic
 from eval.statistics.weighted import aurc, auroc, f1, matthews, mean, overconfidence, ratio
 
@@ -97,11 +98,21 @@ def test_scores_equal_scikit_learn(found: Documents) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(documents())
-def test_aurc_is_the_one_of_the_calibration_room(found: Documents) -> None:
+def test_aurc_is_the_area_under_the_curve_of_the_report(found: Documents) -> None:
     confidences, labels, counts = found
     written_out = np.repeat(np.arange(counts.size), counts)
-    expected = selective.aurc(confidences[written_out], labels[written_out])
+    expected = selective_risks(confidences[written_out], labels[written_out]).mean()
     assert aurc(counts[None] * 1.0, confidences, labels)[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_aurc_of_ties_is_the_mean_over_all_their_orders() -> None:
+    confidences, wrong = np.array([0.9, 0.7, 0.7, 0.7, 0.2, 0.2]), np.array([0, 1, 0, 1, 1, 0])
+    areas = [
+        (np.cumsum(wrong[[0, *first, *last]]) / np.arange(1, 7)).mean()
+        for first in permutations((1, 2, 3))
+        for last in permutations((4, 5))
+    ]
+    assert aurc(np.ones((1, 6)), confidences, 1 - wrong)[0] == pytest.approx(np.mean(areas))
 
 
 def test_aurc_by_hand() -> None:
