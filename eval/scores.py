@@ -140,10 +140,10 @@ def totals(results: Mapping[str, Any], documents: int | None) -> dict[str, Score
 
 
 def metric_name(key: str) -> str:
-    """``exact_match,strict`` is read as ``exact match (strict)``."""
+    """``exact_match,strict`` is read as ``exact match (strict)``; the filter ``none`` is not named."""
     metric, _, filtered = key.partition(",")
     name = LONG_NAMES.get(metric, metric.replace("_", " "))
-    return f"{name} ({filtered})" if filtered else name
+    return name if filtered in ("", "none") else f"{name} ({filtered})"
 
 
 def ordered_tasks(groups: Mapping[str, Sequence[str]], evaluated: Mapping[str, bool]) -> list[tuple[str, bool]]:
@@ -206,6 +206,8 @@ def task_rows(task: str, subtask: bool, report: Mapping[str, Any], analyses: Ana
         found = totals(systems[name]["results"].get(task, {}), documents)
         if name in analysed:
             estimates = analysed[name].metrics | estimates
+            named = {f"{key},none" for key in found} & analysed[name].metrics.keys()  # generation names all filters
+            found = {key: one for key, one in found.items() if f"{key},none" not in named}
             found |= {k: Score(e.value, e.low, e.high, e.interval) for k, e in analysed[name].metrics.items()}
         for key, one in found.items():
             scores.setdefault(key, {})[name] = one

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from eval.analysis.analyse import OVERALL
 from eval.report.cost import cost_rows, cost_sentences, kept_sentences, relative_times
 from eval.report.notes import interval_note, notes
 from eval.report.overfitting import evaluations, loss_curves, loss_sentences, training_loss_sentences
@@ -19,8 +20,8 @@ from eval.report.read import recorded_recipe
 from eval.report.settings import provenance_tables, setting_rows
 from eval.report.svg import Picture, picture
 from eval.report.tables import Row, ece_row, score_row
-from eval.report.tasks import TaskSection, task_section
-from eval.report.verdict import calibration_sentences, score_sentences, temperature_sentences
+from eval.report.tasks import MOST_DRAWN, TaskSection, task_section
+from eval.report.verdict import calibration_sentences, pointer_sentences, score_sentences, temperature_sentences
 from eval.scores import SYSTEMS, Analyses, ScoreRow, ece_rows, read_analyses, score_rows
 from pipeline.recipe import recipe_to_yaml
 
@@ -55,15 +56,18 @@ def report_context(results: Mapping[str, Any]) -> dict[str, Any]:
     scores_picture = picture(partial(scores_figure, drawn[:MOST_ROWS]), "scores") if drawn else None
     losses_picture = picture(partial(losses_figure, curves), "losses") if curves else None
     sections = [
-        task_section(task, [row for row in own if row.task == task], analyses, labels, relative_times(ours))
-        for task in analysed
+        task_section(
+            task, [row for row in own if row.task == task], analyses, labels, relative_times(ours), n < MOST_DRAWN
+        )
+        for n, task in enumerate(analysed)
     ]
     return {
         "name": recipe.name,
-        "verdict": score_sentences([row for row in main if row.primary], labels)
-        + temperature_sentences(analyses, analysed, labels)
-        + calibration_sentences(analyses, analysed, labels)
+        "verdict": score_sentences([row for row in main if row.primary and row.task != OVERALL], labels)
+        + temperature_sentences(analyses, [task for task in analysed if task != OVERALL], labels)
+        + calibration_sentences(analyses, [task for task in analysed if task != OVERALL], labels)
         + loss_sentences(evaluations(history))[:1],
+        "tests": pointer_sentences(labels),
         "notes": notes(results, history),
         "labels": labels,
         "rows": [score_row(row) for row in main],
@@ -115,5 +119,5 @@ def sure_rows(rows: Sequence[ScoreRow], analysed: Sequence[str], analyses: Analy
 
 def all_pictures(scores: Picture | None, losses: Picture | None, sections: Sequence[TaskSection]) -> list[Picture]:
     """Those that there are."""
-    of_tasks = [one for section in sections for one in (section.reliability, section.curves, section.risk_coverage)]
-    return [one for one in (scores, losses, *of_tasks) if one is not None]
+    of_tasks = [one for section in sections for one in section.pictures]
+    return [one for one in (scores, losses) if one is not None] + of_tasks

@@ -116,6 +116,10 @@ def training_loss_sentences(history: Sequence[Mapping[str, Any]], measured: Sequ
         "The loss of training batches is taken while the weights move, masks on; only probe and "
         "validation (masks off, same checkpoint) compare with each other."
     ]
+    if any(one.probe is not None for one in measured):
+        sentences.append(
+            "The log keeps the mean losses only, not those of single rows, so the gap stands without an interval."
+        )
     if not measured:
         sentences.append(
             "No validation rows were held out: there is no validation loss and no gap, and overfitting "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ def render(template: Path, context: Mapping[str, Any]) -> str:
 
 def markdown_cell(text: Any) -> str:
     """Text inside a Markdown table: bars, markup and line ends would break it."""
-    plain = str(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return " ".join(plain.split())
+    plain = re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", str(text).replace("&", "&amp;")).replace("|", "\\|")
+    return re.sub(r"[ \t\r\n]+", " ", plain).strip(" ")  # spaces that do not break stay
 
 
 def breakable(text: str) -> Markup:

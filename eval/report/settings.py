@@ -58,9 +58,10 @@ def provenance_tables(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[
         for name, part in recorded.items()
         if isinstance(part, Mapping) and part
     ]
-    tasks = {name: f"version {version}" for name, version in results.get("versions", {}).items()}
+    tasks = results.get("versions", {})
     if tasks:
-        parts.append(("Tasks", tasks))
+        versions = {version: [name for name in tasks if tasks[name] == version] for version in tasks.values()}
+        parts.append(("Tasks", {f"version {version}": ", ".join(names) for version, names in versions.items()}))
 
     def place(name: str) -> int:
         return PROVENANCE_ORDER.index(name) if name in PROVENANCE_ORDER else len(PROVENANCE_ORDER)

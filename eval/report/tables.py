@@ -141,15 +141,16 @@ def bin_grid(label: str, bins: Sequence[Bin]) -> Grid:
     )
 
 
-def curve_grid(label: str, curve: Sequence[CurvePoint], percent: Mapping[str, bool]) -> Grid:
+def curve_grid(label: str, curve: Sequence[CurvePoint], shown: Sequence[str], percent: Mapping[str, bool]) -> Grid:
     """Scores of the first members.
 
     Args:
         label: of the system.
         curve: its points.
+        shown: the metrics, where there are such.
         percent: metrics that are shown times 100.
     """
-    keys = list(dict.fromkeys(key for point in curve for key in point.scores))
+    keys = [key for key in dict.fromkeys(shown) if any(key in point.scores for point in curve)]
     return Grid(
         f"First members: {label}",
         ["members", *(curve_words(key, percent) for key in keys)],

@@ -15,6 +15,13 @@ from eval.report.svg import Picture, picture
 from eval.report.tables import Grid, Row, bin_grid, curve_grid, curve_words, ece_row, fact_rows, score_row
 from eval.scores import SYSTEMS, Analyses, ScoreRow, ece_rows, score_text
 
+FEWEST_DOCUMENTS = 20
+"""A picture of fewer would show noise."""
+MOST_DRAWN = 12
+"""Tasks with pictures, so that the report stays small; the others have tables."""
+CURVES = ("nll", "calibrated_nll", "ece")
+"""Beside the primary metric: what a table of the first members shows."""
+
 
 @dataclass(frozen=True)
 class TaskSection:
@@ -38,6 +45,11 @@ class TaskSection:
     documents: str
     """How many, and how many are independent."""
 
+    @property
+    def pictures(self) -> list[Picture]:
+        """Those that there are."""
+        return [one for one in (self.reliability, self.curves, self.risk_coverage) if one is not None]
+
 
 def task_section(
     task: str,
@@ -45,6 +57,7 @@ def task_section(
     analyses: Analyses,
     labels: Mapping[str, str],
     times: Mapping[str, float],
+    drawn: bool,
 ) -> TaskSection:
     """Gather it.
 
@@ -54,6 +67,7 @@ def task_section(
         analyses: of all systems.
         labels: words by system.
         times: of the systems against the deterministic adapter.
+        drawn: with pictures, if there are enough documents.
     """
     analysed = {system: analyses[system][task] for system in SYSTEMS if task in analyses.get(system, {})}
     some = next(iter(analysed.values()))
@@ -62,18 +76,27 @@ def task_section(
     risks = {system: analysis.risk_coverage for system, analysis in analysed.items() if analysis.risk_coverage}
     percent = {row.key: row.percent for row in rows}
     curves = member_curves(analysed, rows, times)
+    enough = some.documents >= FEWEST_DOCUMENTS
+    undrawn = "" if enough else f"Too few for pictures: they need {FEWEST_DOCUMENTS}."
+    if enough and not drawn and (bins or curves or risks):
+        undrawn = f"Without pictures: the first {MOST_DRAWN} tasks have them."
+    drawn = drawn and enough
     return TaskSection(
         name=task,
         headline=headline(rows[0], labels) if rows else "",
-        notes=task_notes(analyses, task, labels),
+        notes=([undrawn] if undrawn else []) + task_notes(analyses, task, labels),
         rows=[score_row(row) for row in rows] + [ece_row(row, some.documents) for row in ece_rows(task, analyses)],
         facts=fact_rows(task, analysed),
-        reliability=picture(partial(reliability_figure, bins, labels), f"reliability-{task}") if bins else None,
-        curves=picture(partial(curves_figure, curves), f"curves-{task}") if curves else None,
-        risk_coverage=picture(partial(risk_coverage_figure, risks), f"risk-coverage-{task}") if risks else None,
+        reliability=picture(partial(reliability_figure, bins, labels), f"reliability-{task}")
+        if bins and drawn
+        else None,
+        curves=picture(partial(curves_figure, curves), f"curves-{task}") if curves and drawn else None,
+        risk_coverage=picture(partial(risk_coverage_figure, risks), f"risk-coverage-{task}")
+        if risks and drawn
+        else None,
         grids=[bin_grid(labels[system], found) for system, found in bins.items()]
         + [
-            curve_grid(labels[system], analysis.curve, percent)
+            curve_grid(labels[system], analysis.curve, [rows[0].key, *CURVES], percent)
             for system, analysis in analysed.items()
             if len(analysis.curve) > 1
         ],

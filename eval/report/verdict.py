@@ -24,11 +24,24 @@ def score_sentences(rows: Sequence[ScoreRow], labels: Mapping[str, str]) -> list
     if not rows:
         return ["No task gave a score."]
     sentences = [task_sentence(row, labels) for row in rows[:MOST_TASKS]]
-    if len(rows) > 1 and max(len(row.scores) for row in rows) > 1:
+    if sum(len(row.scores) > 1 for row in rows) > 1:
         sentences.insert(0, count_sentence(rows, labels))
     if len(rows) > MOST_TASKS:
         sentences.append(f"{len(rows) - MOST_TASKS} more tasks are in the table.")
     return sentences
+
+
+def pointer_sentences(labels: Mapping[str, str]) -> list[str]:
+    """Where the differences are tested."""
+    if len(labels) < 2:
+        return []
+    first = "deterministic" if "deterministic" in labels else next(iter(labels))
+    last = list(labels)[-1]
+    pair = f"RUN:{first} RUN:{last}" if first != last else f"RUN:{next(iter(labels))} RUN:{last}"
+    return [
+        f"These are differences of point estimates. Paired tests of them, RUN being this report's folder: "
+        f"python launch/compare.py {pair}"
+    ]
 
 
 def ranked(row: ScoreRow) -> list[str]:
@@ -54,7 +67,17 @@ def count_sentence(rows: Sequence[ScoreRow], labels: Mapping[str, str]) -> str:
     where = f"all {len(several)} tasks" if won == len(several) else f"{won} of {len(several)} tasks"
     text = f"{capital(labels[first])} scores best on {where}"
     text += "".join(f", {labels[system]} on {number_of}" for system, number_of in others)
-    return f"{text}{f', {ties} tied' if ties else ''}."
+    clear = sum(ahead(row) for row in several)
+    apart = "all of them" if clear == len(several) else f"{clear} of them" if clear else "none of them"
+    return f"{text}{f', {ties} tied' if ties else ''}; the best interval lies clear of all others on {apart}."
+
+
+def ahead(row: ScoreRow) -> bool:
+    """Whether the interval of the best overlaps no other's. A description: paired tests are sharper."""
+    best, *others = [row.scores[system] for system in ranked(row)]
+    if row.higher_is_better is False:
+        return all(best.high is not None and one.low is not None and best.high < one.low for one in others)
+    return all(best.low is not None and one.high is not None and best.low > one.high for one in others)
 
 
 def task_sentence(row: ScoreRow, labels: Mapping[str, str]) -> str:

@@ -165,15 +165,22 @@ def write_results(folder: Path, results: dict[str, Any]) -> Path:
     return folder
 
 
-def analysed_results(systems: tuple[str, ...] = ("base", "deterministic", "ensemble")) -> dict[str, Any]:
-    """A full run as ``eval/run.py`` writes it: choices, a group, generation and whole articles, with their analyses."""
+def analysed_results(
+    systems: tuple[str, ...] = ("base", "deterministic", "ensemble"), tasks: tuple[str, ...] | None = None
+) -> dict[str, Any]:
+    """A full run as ``eval/run.py`` writes it: choices, a group, generation and whole articles, with their analyses.
+
+    Args:
+        systems: some of ``report_analyses.SIMULATED``.
+        tasks: some of those; all by default.
+    """
     results = synthetic_results()
     ours = results["lora_dropout"]
     seconds = {"base": 20.3, "deterministic": 21.9, "mc_dropout": 130.2, "deep_ensemble": 66.1, "ensemble": 61.4}
     names = {"exact_match,strict": "exact_match,strict"}
     ours["systems"] = {}
     for system in systems:
-        analyses = analyses_of(system)
+        analyses = {task: one for task, one in analyses_of(system).items() if tasks is None or task in tasks}
         of_tasks = {
             task: {
                 names.get(key, f"{key},none"): one["metrics"][key]["value"]
@@ -193,7 +200,7 @@ def analysed_results(systems: tuple[str, ...] = ("base", "deterministic", "ensem
     ours["recipe"]["eval"] |= {"tasks": ["sst2", "rte", "arc_easy", "mmlu", "gsm8k", "wikitext"], "systems": systems}
     return results | {
         "results": last["results"],
-        "group_subtasks": {"mmlu": parts},
+        "group_subtasks": {"mmlu": parts} if "mmlu" in last["analysis"] else {},
         "versions": dict.fromkeys(samples, 1.0),
         "n-shot": dict.fromkeys(samples, 0),
         "higher_is_better": {},
