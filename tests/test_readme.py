@@ -36,10 +36,14 @@ COMMANDS = {
         "--adapter {runs}/readme --output {runs}/results eval.limit=2 eval.tasks.2=pocket_answer "
         "adapter.dropout.rate=0.5"
     ),
+    "python launch/harness.py --model lora-dropout --model_args peft=outputs/pocket,instances=8 --tasks "
+    "recipes/pocket/tasks/pocket_choice.yaml": "as the command in test_lm_command.py",
+    "python launch/compare.py eval/outputs/pocket/latest:deterministic eval/outputs/pocket/latest:ensemble": "",
     "python launch/export.py outputs/pocket": "as the command below, which does more",
     "python launch/export.py outputs/pocket --form merged": "--output {runs}/merged --max-shard-size 5MB",
     "python launch/export.py outputs/pocket --form ensemble --instances 8": "as the command in test_export_command.py",
     "python launch/benchmark.py --shape width-1024 --layers 4 --tokens 64": "as the command in test_benchmark.py",
+    "python launch/benchmark.py --level evaluation --shape width-512 --layers 4": "as the command in test_benchmark.py",
     "python launch/noise.py recipes/pocket/pocket.yaml": "as the command in test_noise.py",
     "python launch/schema.py": "",
 }
@@ -76,7 +80,8 @@ def test_the_commands_run(tmp_path: Path, repository: Path, pocket_base: Path) -
     for command, small in COMMANDS.items():
         if not command.startswith(("python launch", "deepspeed")) or small.startswith("as the command"):
             continue
-        command = command.replace("outputs/pocket", str(tmp_path / "readme"))
+        command = command.replace("eval/outputs/pocket", str(tmp_path / "results" / "pocket"))
+        command = command.replace(" outputs/pocket", f" {tmp_path / 'readme'}")
         command = command.replace("deepspeed ", f"deepspeed --num_gpus 2 --master_port {free_port()} ")
         program, *arguments = shlex.split(f"{command} {small.format(**values)}")
         done = subprocess.run(
