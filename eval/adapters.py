@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.adapter.check import check_adapter
 from pipeline.adapter.files import WEIGHTS_FILE, read_peft_config, read_settings
 from pipeline.errors import UserError
-from pipeline.recipe import load_recipe, schema
+from pipeline.recipe import Recipe, load_recipe, schema
 from pipeline.run_folder import RECIPE_FILE
 
 
@@ -52,31 +51,40 @@ def check_storage(base: schema.Base, trained: schema.Base, adapter: Path) -> Non
         )
 
 
-def check_further(base: schema.Base, adapter: Path, further: Sequence[Path]) -> None:
-    """Refuse adapters that make no deep ensemble with this one.
+def check_deep_ensemble(recipe: Recipe, adapter: Path | None) -> None:
+    """Refuse adapters that make no deep ensemble with this one, where the recipe asks for one.
+
+    Args:
+        recipe: its base and ``eval.deep_ensemble`` are read.
+        adapter: its own; None while it is not trained yet: a mistake then shows before hours of training.
 
     Raises:
         UserError: there are none; a folder holds no adapter, or one that does not fit the base, was trained on another
             one, or is of another method; two are the same.
     """
+    if "deep_ensemble" not in recipe.eval.systems:
+        return
+    further = [Path(folder) for folder in recipe.eval.deep_ensemble]
     if not further:
         raise UserError(
             "eval.deep_ensemble: found no folder, and a deep ensemble averages at least two adapters; name those of "
             "other training seeds, e.g. eval.deep_ensemble=[outputs/seed-1, outputs/seed-2]"
         )
-    method = read_peft_config(adapter)["peft_type"]
-    seen = {weights_hash(adapter): adapter}
-    for folder in further:
-        try:
+    try:
+        for folder in further:
             read_settings(folder)
-            found = read_peft_config(folder)["peft_type"]
-            check_base(base, folder)
-            check_adapter(base, folder)
-        except UserError as error:
-            raise UserError(f"eval.deep_ensemble: {error}") from error
+            check_base(recipe.base, folder)
+            check_adapter(recipe.base, folder)
+    except UserError as error:
+        raise UserError(f"eval.deep_ensemble: {error}") from error
+    members = [*([] if adapter is None else [adapter]), *further]
+    method = read_peft_config(members[0])["peft_type"]
+    seen: dict[str, Path] = {}
+    for folder in members:
+        found = read_peft_config(folder)["peft_type"]
         if found != method:
             raise UserError(
-                f"eval.deep_ensemble: {folder} is {found}, and {adapter} is {method}: peft has no model with both. "
+                f"eval.deep_ensemble: {folder} is {found}, and {members[0]} is {method}: peft has no model with both. "
                 "Name adapters of one method"
             )
         twin = seen.setdefault(weights_hash(folder), folder)

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 from transformers.integrations import unset_hf_deepspeed_config
 
-from eval.adapters import check_base, check_further
+from eval.adapters import check_base, check_deep_ensemble
 from eval.analysis.analyse import analyse
 from eval.lm import EnsembleLM
 from eval.lm.settings import answer_settings
@@ -71,8 +71,7 @@ def evaluate(
     masks = mask_settings(settings, recipe)
     mode = mode_of(recipe.eval, systems)
     check_adapter(recipe.base, adapter, masks if "ensemble" in systems else None)
-    if "deep_ensemble" in systems:
-        check_further(recipe.base, adapter, [Path(folder) for folder in recipe.eval.deep_ensemble])
+    check_deep_ensemble(recipe, adapter)
     if is_main():
         for warning in warnings:
             print(f"warning: {warning}", flush=True)

@@ -34,9 +34,11 @@ def sft(
 
     recipe = load_recipe(recipe_file, overrides or [])
     if evaluation and recipe.eval.tasks:
-        from eval.tasks import check_tasks  # imports take seconds: after the recipe's mistakes are told
+        from eval.adapters import check_deep_ensemble  # imports take seconds: after the recipe's mistakes are told
+        from eval.tasks import check_tasks
 
         check_tasks(recipe)
+        check_deep_ensemble(recipe, adapter=None)
     from pipeline.train import train
 
     folder = train(recipe, overwrite=overwrite)
