@@ -18,6 +18,10 @@ import numpy as np
 
 LEAST_PREFIX = 8
 """Tokens that a shared beginning must have to be kept."""
+BRANCH_TOKENS = 128
+"""A row with branches may always have so many tokens in them, and more after a long context. Attention looks at all
+pairs of a row's tokens, so long branches after a short context (whole texts after the first token) cost more together
+than apart."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Row:
     def scored_tokens(self) -> int:
         return sum(len(continuation) for continuation in self.continuations)
 
+    def takes(self, continuation: tuple[int, ...]) -> bool:
+        """Whether another branch is better put here than into a row of its own."""
+        tokens = self.branch_tokens + len(continuation) - 1
+        return not self.continuations or tokens <= max(BRANCH_TOKENS, 2 * len(self.context))
+
     def new_tokens(self, prefix: int) -> int:
         """Tokens to run when the first ``prefix`` ones are kept."""
         return len(self.context) - prefix + self.branch_tokens
@@ -71,16 +80,22 @@ def truncated(context: Sequence[int], continuation: Sequence[int], max_length: i
 
 
 def rows_of(requests: Sequence[Request]) -> list[Row]:
-    """Requests gathered by context, equal ones once."""
-    rows: dict[tuple[int, ...], Row] = {}
+    """Requests gathered by context, equal ones once; a context with long continuations has several rows."""
+    rows: list[Row] = []
+    newest: dict[tuple[int, ...], Row] = {}
+    asking: dict[Request, list[int]] = {}
     for index, request in enumerate(requests):
-        row = rows.setdefault(request.context, Row(request.context))
-        if request.continuation in row.continuations:
-            row.requests[row.continuations.index(request.continuation)].append(index)
-        else:
-            row.continuations.append(request.continuation)
-            row.requests.append([index])
-    return list(rows.values())
+        if request in asking:
+            asking[request].append(index)
+            continue
+        asking[request] = [index]
+        row = newest.get(request.context)
+        if row is None or not row.takes(request.continuation):
+            row = newest[request.context] = Row(request.context)
+            rows.append(row)
+        row.continuations.append(request.continuation)
+        row.requests.append(asking[request])
+    return rows
 
 
 def separate_rows(requests: Sequence[Request]) -> list[Row]:
@@ -170,7 +185,7 @@ def _best_beginnings(shared: list[int], lengths: list[int], least_saving: int) -
     return closed(stack[0], len(lengths)).parts
 
 
-def batches_of(group: Group, tokens: int, most_rows: int, scored: int) -> list[list[Row]]:
+def batches_of(group: Group, tokens: int, most_rows: int, scored: int, whole: bool = False) -> list[list[Row]]:
     """Rows of a group in batches, longest first, so that a batch that does not fit in memory shows at once.
 
     Args:
@@ -178,14 +193,17 @@ def batches_of(group: Group, tokens: int, most_rows: int, scored: int) -> list[l
         tokens: that a batch may have, padding counted; a longer row is a batch by itself.
         most_rows: of a batch.
         scored: places, padding counted, whose logits a batch may ask for.
+        whole: logits come for all tokens.
     """
     batches: list[list[Row]] = []
     longest = columns = 0
     for row in sorted(group.rows, key=lambda row: (-row.new_tokens(group.prefix), row.context, row.continuations)):
-        columns = max(columns, 1 + row.branch_tokens)
+        new = row.new_tokens(group.prefix)
+        asked = new if whole else 1 + row.branch_tokens
         rows = len(batches[-1]) + 1 if batches else 1
-        if not batches or rows > most_rows or rows * longest > tokens or rows * columns > scored:
+        if not batches or rows > most_rows or rows * longest > tokens or rows * max(columns, asked) > scored:
             batches.append([])
-            longest, columns = row.new_tokens(group.prefix), 1 + row.branch_tokens
+            longest, columns = new, asked
+        columns = max(columns, asked)
         batches[-1].append(row)
     return batches

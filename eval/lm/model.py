@@ -20,26 +20,26 @@ import torch
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator, normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from eval.lm.average import RunningAverage
-from eval.lm.decode import EnsembleDecoder, FiniteScores
+from eval.lm.batches import TokenRequest, batch_keys, generation_batches, generation_keys, sampled, stock_batches
+from eval.lm.decode import EnsembleDecoder
+from eval.lm.faults import FiniteScores, NotFinite, TooLong, not_finite, too_long
 from eval.lm.generated import generated_record
 from eval.lm.layout import truncated
 from eval.lm.members import Members, OneModel, passes
 from eval.lm.records import GeneratedRecord, RequestRecord, ScoredRecord
-from eval.lm.score import NotFinite, Scorer, TooLong
+from eval.lm.score import Scorer
 from eval.lm.sharing import shared_answers
 from eval.lm.store import AnswerStore, request_key
 from eval.logs import quiet
 from pipeline.errors import UserError
 
-TokenRequest = tuple[Any, list[int], list[int]]
-"""lm-eval's: (texts, context tokens, continuation tokens)."""
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}
 """Enough for the matrix products to be efficient; more only takes memory."""
 
@@ -166,12 +166,12 @@ class EnsembleLM(HFLM):
         try:
             answers = super().loglikelihood(requests, disable_tqdm)
         except NotFinite as error:
-            raise _not_finite(requests[error.request]) from error
+            raise not_finite(requests[error.request]) from error
         except TooLong as error:
-            raise _too_long(requests[error.request], error.tokens, self.max_length) from error
+            raise too_long(requests[error.request], error.tokens, self.max_length) from error
         for request, (score, _) in zip(requests, answers, strict=True):
             if not math.isfinite(score):
-                raise _not_finite(request)
+                raise not_finite(request)
         records: list[Any] = self._latest if self.mode == "fast" else [None] * len(answers)
         return list(zip(answers, records, strict=True))
 
@@ -181,7 +181,7 @@ class EnsembleLM(HFLM):
             totals = super().loglikelihood_rolling(requests, disable_tqdm)
             for request, total in zip(requests, totals, strict=True):
                 if not math.isfinite(total):
-                    raise _not_finite(request)
+                    raise not_finite(request)
             return [(total, None) for total in totals]
         windows: list[TokenRequest] = []
         texts: list[int] = []
@@ -193,7 +193,7 @@ class EnsembleLM(HFLM):
         try:
             self._loglikelihood_tokens(windows, disable_tqdm)
         except NotFinite as error:
-            raise _not_finite(requests[texts[error.request]]) from error
+            raise not_finite(requests[texts[error.request]]) from error
         zeros = [0.0] * self.members.count
         totals_of = [ScoredRecord(zeros, zeros, True, 0, 0, math.inf) for _ in requests]
         for number, record in zip(texts, self._latest, strict=True):
@@ -264,7 +264,7 @@ class EnsembleLM(HFLM):
         """
         cut = [truncated(context, continuation, self.max_length) for _, context, continuation in requests]
         batches, size = self._batches(requests, override_bs)
-        keys = _batch_keys([request_key("loglikelihood", part.context, part.continuation) for part, _ in cut], batches)
+        keys = batch_keys([request_key("loglikelihood", part.context, part.continuation) for part, _ in cut], batches)
         self.kept += sum(store.get(key) is not None for key in keys)
         found: dict[int, tuple[float, bool]] = {}
         with _progress(len(requests), 0, "log-likelihoods", disable_tqdm) as bar:
@@ -290,26 +290,10 @@ class EnsembleLM(HFLM):
         """Indices of the requests in each of lm-eval's batches, and their size in contexts."""
         if override_bs is not None:
             return [list(range(len(requests)))], override_bs
-        by_context: dict[tuple[int, ...], list[int]] = {}
-        for index, (_, context, continuation) in enumerate(requests):
-            key = tuple(context + continuation[:-1]) if self.logits_cache else (index,)
-            by_context.setdefault(key, []).append(index)
-        numbered = [(index, context, continuation) for index, (_, context, continuation) in enumerate(requests)]
-        collator = Collator(
-            numbered,
-            sort_fn=lambda request: (-len(request[1] + request[2]), tuple(request[1] + request[2])),
-            group_by="contexts" if self.logits_cache else None,
-            group_fn=lambda request: request[1] + request[2][:-1],
-        )
         size = self.batch_size
         if size == "auto":
-            size = self._detect_batch_size([max(numbered, key=lambda request: len(request[1] + request[2]))], 0)
-        batches = []
-        for batch in collator.get_batched(n=size):
-            contexts = [tuple(context + continuation[:-1]) for _, context, continuation in batch]
-            keys = contexts if self.logits_cache else [(index,) for index, _, _ in batch]
-            batches.append([index for key in keys for index in by_context[key]])
-        return batches, size
+            size = self._detect_batch_size([max(requests, key=lambda request: len(request[1] + request[2]))], 0)
+        return stock_batches(requests, size, self.logits_cache), size
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
@@ -332,12 +316,12 @@ class EnsembleLM(HFLM):
         Raises:
             UserError: a score is NaN or infinite.
         """
-        keys = _generation_keys(requests)
+        keys = generation_keys(requests)
         found: dict[int, GeneratedRecord] = {}
         with self._batch_size_found():
-            batches = self._generation_batches(requests)
+            batches = generation_batches(requests, self.tok_encode, self.batch_size)
             if self.mode == "exact":
-                keys = _batch_keys(keys, batches)
+                keys = batch_keys(keys, batches)
             if self.store is not None:
                 on_disk = {index: self.store.get(key) for index, key in enumerate(keys)}
                 found = {index: record for index, record in on_disk.items() if isinstance(record, GeneratedRecord)}
@@ -349,9 +333,9 @@ class EnsembleLM(HFLM):
                         try:
                             records = self._generated_batch(part, seed=int(keys[batch[0]][:8], 16))
                         except NotFinite as error:
-                            raise _not_finite(part[error.request]) from error
+                            raise not_finite(part[error.request]) from error
                         new = {i: r for i, r in zip(batch, records, strict=True) if i not in found}
-                        if self.store is not None and not (self.mode == "exact" and _sampled(part[0])):
+                        if self.store is not None and not (self.mode == "exact" and sampled(part[0])):
                             self.store.add({keys[index]: record for index, record in new.items()})
                         found |= new
                         bar.update(len(new))
@@ -364,8 +348,8 @@ class EnsembleLM(HFLM):
             texts = super().generate_until(requests, disable_tqdm=True)
             return [GeneratedRecord(text, [], [], [], [], 0.0, 0.0, 0) for text in texts]
         self._decoder = EnsembleDecoder(self.members, record=True)
-        with torch.random.fork_rng() if _sampled(requests[0]) else nullcontext():
-            if _sampled(requests[0]):
+        with torch.random.fork_rng() if sampled(requests[0]) else nullcontext():
+            if sampled(requests[0]):
                 torch.manual_seed(seed)
             texts = super().generate_until(requests, disable_tqdm=True)
         room = self.max_length - normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)["max_gen_toks"]
@@ -374,16 +358,6 @@ class EnsembleLM(HFLM):
             generated_record(self._decoder.steps, row, text, self.tokenizer, max(0, length - room))
             for row, (text, length) in enumerate(zip(texts, lengths, strict=True))
         ]
-
-    def _generation_batches(self, requests: list[Instance]) -> list[list[int]]:
-        """Indices of the requests in each of lm-eval's batches, in its order."""
-        collator = Collator(
-            [(*request.args, index) for index, request in enumerate(requests)],
-            sort_fn=lambda request: (-len(self.tok_encode(request[0])), request[0]),
-            group_by="gen_kwargs",
-            group_fn=lambda request: request[1],
-        )
-        return [[index for *_, index in batch] for batch in collator.get_batched(n=self.batch_size)]
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
@@ -396,14 +370,14 @@ class EnsembleLM(HFLM):
             generation_kwargs["custom_generate"] = EnsembleDecoder(self.members)
         return super()._model_generate(context=context, max_length=max_length, stop=stop, **generation_kwargs)
 
-    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> Any:
         """lm-eval's: of whole passes, in which all members take part.
 
         Raises:
             torch.OutOfMemoryError: one request does not fit.
         """
         try:
-            return int(super()._detect_batch_size(requests, pos))
+            return super()._detect_batch_size(requests, pos)
         except RuntimeError as error:
             if "No executable batch size found" not in str(error):  # accelerate 1.15
                 raise
@@ -412,7 +386,7 @@ class EnsembleLM(HFLM):
     @contextmanager
     def _batch_size_found(self) -> Iterator[None]:
         """Inside, ``auto`` is the number that was found: lm-eval would look for it in every batch again."""
-        asked: int | str = self.batch_size
+        asked = self.batch_size
         if asked == "auto":
             # On a CPU nothing runs out of memory, and the search would take minutes in passes of the whole context.
             on_cpu = self.mode == "fast" and self.device.type == "cpu"
@@ -455,53 +429,4 @@ def _sum(left: ScoredRecord, right: ScoredRecord) -> ScoredRecord:
         tokens=left.tokens + right.tokens,
         truncated=left.truncated + right.truncated,
         least_gap=min(left.least_gap, right.least_gap),
-    )
-
-
-def _sampled(request: Instance) -> bool:
-    """Whether its answer is drawn at random."""
-    return bool(normalize_gen_kwargs(request.args[1], 1)["do_sample"])
-
-
-def _generation_keys(requests: list[Instance]) -> list[str]:
-    """Of each request; repeats of a sampled one are told apart by their number."""
-    seen: dict[str, int] = {}
-    keys = []
-    for request in requests:
-        key = request_key("generate_until", *request.args)
-        seen[key] = seen.get(key, -1) + 1
-        keys.append(request_key("generate_until", *request.args, seen[key]))
-    return keys
-
-
-def _batch_keys(keys: list[str], batches: list[list[int]]) -> list[str]:
-    """Of each request together with its whole batch, which in mode exact changes its bits.
-
-    Else an answer of another evaluation (of more tasks, fewer documents, other ranks) could stand in.
-    """
-    found = list(keys)
-    for batch in batches:
-        whole = [keys[index] for index in batch]
-        for index in batch:
-            found[index] = request_key("in a batch", keys[index], whole)
-    return found
-
-
-def _too_long(request: Instance, tokens: int, most: int) -> UserError:
-    return UserError(
-        f"task {request.task_name}, document {request.doc_id}: a text to be scored has {tokens} tokens, but the base's "
-        f"context is {most}, and only what comes before it may be cut.\nIt begins with {request.args[1][:120]!r}.\n"
-        "Leave the document out of the task, or take a base with a longer context."
-    )
-
-
-def _not_finite(request: Instance) -> UserError:
-    """Which request, and what to look at."""
-    text = request.args[0]
-    shown = text if len(text) <= 120 else f"... {text[-120:]}"
-    return UserError(
-        f"task {request.task_name}, document {request.doc_id}: the model's score is not a finite number (NaN or "
-        f"infinite logits), so nothing was scored.\nThe text ends in {shown!r}.\n"
-        "Weights that are not finite or that overflow in their type are the usual reason: try base.dtype=float32 or "
-        "bfloat16, and look at the training's loss."
     )

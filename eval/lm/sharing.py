@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 
+from pipeline.errors import UserError
+
 Answer = TypeVar("Answer")
 
 
@@ -22,15 +24,27 @@ def shared_answers(
 
     lm-eval's own split needs accelerate, repeats requests to even the ranks out, returns samples out of order and fails
     on tasks with fewer documents than ranks.
+
+    Raises:
+        UserError: of any process, in all of them: the others would wait for its answers.
     """
     if group is None:
         return list(answers(requests, disable_tqdm))
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     indices = share(requests, rank, ranks)
-    mine = answers([requests[index] for index in indices], disable_tqdm or rank != 0) if indices else []
-    gathered: list[list[tuple[int, Answer]]] = [[] for _ in range(ranks)]
-    dist.all_gather_object(gathered, list(zip(indices, mine, strict=True)), group=group)
-    return [answer for _, answer in sorted(itertools.chain(*gathered), key=lambda pair: pair[0])]
+    mine: list[tuple[int, Answer]] = []
+    problem: UserError | None = None
+    try:
+        found = answers([requests[index] for index in indices], disable_tqdm or rank != 0) if indices else []
+        mine = list(zip(indices, found, strict=True))
+    except UserError as error:
+        problem = error
+    gathered: list[tuple[list[tuple[int, Answer]], UserError | None]] = [([], None) for _ in range(ranks)]
+    dist.all_gather_object(gathered, (mine, problem), group=group)
+    for _, other in gathered:
+        if other is not None:
+            raise other
+    return [answer for _, answer in sorted(itertools.chain(*(part for part, _ in gathered)), key=lambda pair: pair[0])]
 
 
 def share(requests: list[Instance], rank: int, ranks: int) -> list[int]:
