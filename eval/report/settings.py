@@ -25,6 +25,7 @@ def setting_rows(ours: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str
         balanced = "balanced " if ensemble.get("balanced") else ""
         members = f"{ensemble['instances']} {balanced}members, average of {ensemble['average']} at every token"
         found += [("Test ensemble", f"{members}, mask seed {ensemble['seed']}")]
+    found += baseline_rows(ours["systems"])
     prompts = {"task": "the task's own", "training": "the training prompt around the task's text"}
     fewshot, limit = recipe.eval.num_fewshot, ours.get("limit")
     return [
@@ -33,6 +34,21 @@ def setting_rows(ours: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str
         ("Few-shot examples", "each task's own number" if fewshot is None else str(fewshot)),
         ("Documents", "all" if limit is None else f"first {limit} of each task"),
     ]
+
+
+def baseline_rows(systems: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Members of the baselines, where they were run."""
+    rows = []
+    noise, adapters = (systems.get(name, {}).get("members") for name in ("mc_dropout", "deep_ensemble"))
+    if noise:
+        members = f"{noise['instances']} members, average of {noise['average']} at every token"
+        drawn = f"rate {noise['rate']:g} on the adapter's input, noise seed {noise['seed']}"
+        shares = "its noise also depends on what shares a forward pass (batch size, documents, processes)"
+        rows.append(("MC dropout", f"{members}; {drawn}; {shares}"))
+    if adapters:
+        members = f"{adapters['instances']} adapters, average of {adapters['average']} at every token"
+        rows.append(("Deep ensemble", f"{members}; with {', '.join(adapters['folders'])}"))
+    return rows
 
 
 def dropout_rows(trained: Mapping[str, Any]) -> list[tuple[str, str]]:
