@@ -103,6 +103,9 @@ def test_all_five_systems_in_one_run(recipe: Recipe, adapters: list[Path], tmp_p
         "further": [weights_hash(further) for further in adapters[1:]],
         "folders": [str(further) for further in adapters[1:]],
     }
+    report = (folder / "report.md").read_text()
+    assert "2 members, average of probabilities at every token; rate 0.2 on the adapter's input, noise seed 5" in report
+    assert f"3 adapters, average of probabilities at every token; with {adapters[1]}, {adapters[2]}" in report
     found = records(folder)
     sizes = {"base": 1, "deterministic": 1, "mc_dropout": 2, "deep_ensemble": 3, "ensemble": 2}
     assert {name: len(found[f"samples_{name}_tiny_choice.jsonl"][0][0]["running"]) for name in sizes} == sizes
