@@ -26,7 +26,7 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="[RUN ...]",
-            help="Two or more, e.g. eval/outputs/pocket/latest[:system]. The first is compared with.",
+            help="Two or more, e.g. eval/outputs/pocket/latest[:system]. Differences are later minus earlier.",
         ),
     ] = None,
     method: Annotated[

@@ -16,6 +16,8 @@ from eval.compare.schema import Flip, Flips
 
 MOST = 20
 """Of each direction, with text; the counts are of all."""
+MOST_IN_ALL = 4000
+"""So that the page stays far below 10 MB."""
 MOST_CHARACTERS = 600
 """Of a prompt, whose end is the question, and of an answer, whose beginning is kept."""
 
@@ -38,13 +40,19 @@ def right_answers(answers: Answers, metric: str) -> Bools | None:
     return answers.greedy if isinstance(answers, RollingAnswers) else None
 
 
-def flips(first: Answers, second: Answers, metric: str, task_of: Sequence[str]) -> Flips | None:
+def shown_of(tests: int) -> int:
+    """With text, of each direction of one test of so many."""
+    return max(1, min(MOST, MOST_IN_ALL // (2 * max(tests, 1))))
+
+
+def flips(first: Answers, second: Answers, metric: str, task_of: Sequence[str], most: int) -> Flips | None:
     """Counts and texts, from the first run to the second.
 
     Args:
         first, second: on the same documents, in the same order.
         metric: the primary one.
         task_of: ``(D,)`` names: of a group, the part that a document is from.
+        most: of each direction, with text.
 
     Returns:
         None where answers are not right or wrong.
@@ -68,7 +76,7 @@ def flips(first: Answers, second: Answers, metric: str, task_of: Sequence[str]) 
                 first_confidence=known(confidences[0][place]),
                 second_confidence=known(confidences[1][place]),
             )
-            for place in order[changed[order]][:MOST]
+            for place in order[changed[order]][:most]
         ]
 
     lost, gained = was & ~now, ~was & now

@@ -135,9 +135,7 @@ def compared(
             one_difference(key, estimates[key], first, second, found.get(key), key == primary) for key in keys
         ],
         flips=flips(first.answers, second.answers, primary, first.task_of, most if unit.in_family else 0),
-        notes=[f"Not compared, for want of values per document in both runs: {', '.join(left_out)}."]
-        if left_out
-        else [],
+        notes=[f"Not compared, because a run has no value per document: {', '.join(left_out)}."] if left_out else [],
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from eval.compare.declared import adjusted, detectable, family, pilot_discordances, primary_metrics
+from eval.compare.flips import shown_of
 from eval.compare.methods import (
     check_mask_seeds,
     method_differences,
@@ -68,8 +69,9 @@ def compare_adapters(runs: Sequence[str], declared: Declared, output: Path | Non
     pairs = list(combinations(range(len(found)), 2))
     share = accuracies(ready)
     pilot = pilot_discordances(declared.pilot, found, share) if declared.pilot else {}
+    most = shown_of(len(pairs) * sum(unit.in_family for unit in ready.units))
     tasks = [
-        compared(unit, (found[a], found[b]), (ready.material[a], ready.material[b]), ready.primary[unit.name])
+        compared(unit, (found[a], found[b]), (ready.material[a], ready.material[b]), ready.primary[unit.name], most)
         for unit in ready.units
         for a, b in pairs
     ]
@@ -78,7 +80,7 @@ def compare_adapters(runs: Sequence[str], declared: Declared, output: Path | Non
     sizes = {task.task: (task.documents, task.clusters) for task in tasks}
     comparison = Comparison(
         kind="runs",
-        title=" and ".join(run.label for run in found) if len(found) == 2 else f"{len(found)} runs",
+        title=listed([run.label for run in found]) if len(found) <= 3 else f"{len(found)} runs",
         verdict=verdict([task for task in tasks if task.in_family]),
         notes=ready.notes,
         tasks=tasks,

@@ -117,8 +117,9 @@ def headings(comparison: Comparison) -> dict[str, str]:
 
 def task_section(task: TaskComparison) -> dict[str, Any]:
     """One pair of runs on one task."""
-    independent = f"{task.clusters:,} clusters of {task.documents:,} documents"
-    size = f"{task.documents:,} documents" if task.clusters == task.documents else independent
+    size = f"{task.documents:,} documents"
+    if task.clusters < task.documents:
+        size += f" that share {task.clusters:,} texts"
     return {
         "task": task.task,
         "first": task.first,
