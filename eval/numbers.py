@@ -20,7 +20,7 @@ def number(value: float, digits: int, sign: bool = False) -> str:
 
 
 def decimals(value: float, spread: float | None, percent: bool) -> int:
-    """Digits after the point: tenths of a percent, else two digits of the spread, else four in all.
+    """Digits after the point: tenths of a percent, else two digits of the spread (four at most), else four in all.
 
     Args:
         value: in the metric's own unit.
@@ -30,7 +30,8 @@ def decimals(value: float, spread: float | None, percent: bool) -> int:
     if percent:
         return 1
     if spread is not None and math.isfinite(spread) and spread > 0:
-        return max(0, 1 - math.floor(math.log10(spread / NORMAL_95)))
+        most = 4 if abs(value) >= 0.01 else 8
+        return min(most, max(0, 1 - math.floor(math.log10(spread / NORMAL_95))))
     return max(0, 3 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else 3
 
 

@@ -21,7 +21,13 @@ from eval.report.settings import provenance_tables, setting_rows
 from eval.report.svg import Picture, picture
 from eval.report.tables import Row, ece_row, score_row
 from eval.report.tasks import MOST_DRAWN, TaskSection, task_section
-from eval.report.verdict import calibration_sentences, pointer_sentences, score_sentences, temperature_sentences
+from eval.report.verdict import (
+    baseline_sentences,
+    calibration_sentences,
+    pointer_sentences,
+    score_sentences,
+    temperature_sentences,
+)
 from eval.scores import SYSTEMS, Analyses, ScoreRow, ece_rows, read_analyses, score_rows
 from pipeline.recipe import recipe_to_yaml
 
@@ -65,6 +71,7 @@ def report_context(results: Mapping[str, Any]) -> dict[str, Any]:
         "name": recipe.name,
         "verdict": score_sentences([row for row in main if row.primary and row.task != OVERALL], labels)
         + temperature_sentences(analyses, [task for task in analysed if task != OVERALL], labels)
+        + baseline_sentences(analyses, [task for task in analysed if task != OVERALL], labels)
         + calibration_sentences(analyses, [task for task in analysed if task != OVERALL], labels)
         + loss_sentences(evaluations(history))[:1],
         "tests": pointer_sentences(labels),

@@ -60,7 +60,7 @@ def interval_note(rows: Sequence[ScoreRow]) -> str:
     }
     words = [text for kind, text in known.items() if kind in kinds]
     words += [kind for kind in kinds if kind and kind not in known]
-    words += ["none where no standard error is known"] if "" in kinds else []
+    words += ["none where none can be given"] if "" in kinds else []
     return (
         f"Ranges and whiskers are 95 % intervals over documents ({'; '.join(words)}). All systems answer the same "
         "documents, so overlapping intervals do not mean equal systems, and none of this speaks of another training "

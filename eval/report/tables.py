@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from eval.analysis.analyse import OVERALL
 from eval.analysis.schema import Bin, CalibrationError, CurvePoint, Estimate, TaskAnalysis
 from eval.numbers import FIXED_SPACE, number, p_text
 from eval.scores import EceRow, Score, ScoreRow, interval_text, metric_name, value_text
@@ -34,6 +35,11 @@ class Row:
     """By system; some may be missing."""
 
 
+def shown_task(task: str) -> str:
+    """Its name, or what the joint analysis is of."""
+    return "all choice tasks together" if task == OVERALL else task
+
+
 @dataclass(frozen=True)
 class Grid:
     """A plain table of numbers."""
@@ -46,7 +52,7 @@ class Grid:
 def score_row(row: ScoreRow) -> Row:
     """A score with its interval."""
     return Row(
-        task=row.task,
+        task=shown_task(row.task),
         words=row.metric + (", %" if row.percent else ""),
         better={True: "higher", False: "lower", None: ""}[row.higher_is_better],
         documents=row.documents,
@@ -60,7 +66,7 @@ def score_row(row: ScoreRow) -> Row:
 def ece_row(row: EceRow, documents: int | None) -> Row:
     """A calibration error beside what a calibrated model would show, never with an interval."""
     cells = {system: ece_cell(error) for system, error in row.errors.items()}
-    return Row(row.task, f"{row.metric}, %", "lower", documents, cells)
+    return Row(shown_task(row.task), f"{row.metric}, %", "lower", documents, cells)
 
 
 def ece_cell(error: CalibrationError) -> Cell:
@@ -78,7 +84,9 @@ def fact_rows(task: str, analysed: Mapping[str, TaskAnalysis]) -> list[Row]:
     """What is known of the systems on one task beside their scores."""
     by_system = {system: facts(analysis) for system, analysis in analysed.items()}
     words = dict.fromkeys(word for found in by_system.values() for word in found)
-    return [Row(task, word, "", None, {s: f[word] for s, f in by_system.items() if word in f}) for word in words]
+    return [
+        Row(shown_task(task), word, "", None, {s: f[word] for s, f in by_system.items() if word in f}) for word in words
+    ]
 
 
 def facts(analysis: TaskAnalysis) -> dict[str, Cell]:

@@ -12,7 +12,7 @@ from eval.report.pictures.curves import MemberCurve, curves_figure
 from eval.report.pictures.reliability import reliability_figure
 from eval.report.pictures.risk_coverage import risk_coverage_figure
 from eval.report.svg import Picture, picture
-from eval.report.tables import Grid, Row, bin_grid, curve_grid, curve_words, ece_row, fact_rows, score_row
+from eval.report.tables import Grid, Row, bin_grid, curve_grid, curve_words, ece_row, fact_rows, score_row, shown_task
 from eval.scores import SYSTEMS, Analyses, ScoreRow, ece_rows, score_text
 
 FEWEST_DOCUMENTS = 20
@@ -82,7 +82,7 @@ def task_section(
         undrawn = f"Without pictures: the first {MOST_DRAWN} tasks have them."
     drawn = drawn and enough
     return TaskSection(
-        name=task,
+        name=shown_task(task),
         headline=headline(rows[0], labels) if rows else "",
         notes=([undrawn] if undrawn else []) + task_notes(analyses, task, labels),
         rows=[score_row(row) for row in rows] + [ece_row(row, some.documents) for row in ece_rows(task, analyses)],

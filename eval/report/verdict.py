@@ -27,7 +27,8 @@ def score_sentences(rows: Sequence[ScoreRow], labels: Mapping[str, str]) -> list
     if sum(len(row.scores) > 1 for row in rows) > 1:
         sentences.insert(0, count_sentence(rows, labels))
     if len(rows) > MOST_TASKS:
-        sentences.append(f"{len(rows) - MOST_TASKS} more tasks are in the table.")
+        more = len(rows) - MOST_TASKS
+        sentences.append("1 more task is in the table." if more == 1 else f"{more} more tasks are in the table.")
     return sentences
 
 
@@ -67,9 +68,10 @@ def count_sentence(rows: Sequence[ScoreRow], labels: Mapping[str, str]) -> str:
     where = f"all {len(several)} tasks" if won == len(several) else f"{won} of {len(several)} tasks"
     text = f"{capital(labels[first])} scores best on {where}"
     text += "".join(f", {labels[system]} on {number_of}" for system, number_of in others)
+    text += f", {ties} tied" if ties else ""
     clear = sum(ahead(row) for row in several)
     apart = "all of them" if clear == len(several) else f"{clear} of them" if clear else "none of them"
-    return f"{text}{f', {ties} tied' if ties else ''}; the best interval lies clear of all others on {apart}."
+    return f"{text}; the best interval lies clear of all others on {apart}."
 
 
 def ahead(row: ScoreRow) -> bool:
@@ -136,6 +138,27 @@ def temperature_sentences(analyses: Analyses, tasks: Sequence[str], labels: Mapp
     ]
 
 
+def baseline_sentences(analyses: Analyses, tasks: Sequence[str], labels: Mapping[str, str]) -> list[str]:
+    """Which system's NLL is lowest after own temperatures, where baselines with several models were run.
+
+    Args:
+        analyses: of all systems.
+        tasks: without the parts of groups.
+        labels: words by system.
+    """
+    if not {"mc_dropout", "deep_ensemble"} & analyses.keys():
+        return []
+    winners = []
+    for task in tasks:
+        found = {system: pair[1] for system in analyses if (pair := losses(analyses, system, task))}
+        if len(found) > 1:
+            winners.append(min(found, key=found.__getitem__))
+    words = [f"{the(labels[system])}'s on {won}" for system, won in Counter(winners).most_common()]
+    if not words:
+        return []
+    return [f"After own temperatures the lowest NLL is {listed(words)} of {len(winners)} tasks."]
+
+
 def losses(analyses: Analyses, system: str, task: str) -> tuple[float, float] | None:
     """(NLL, NLL after own temperature), where both are known."""
     metrics: Mapping[str, Estimate] = analyses[system][task].metrics if task in analyses.get(system, {}) else {}
@@ -174,10 +197,10 @@ def calibration_sentences(analyses: Analyses, tasks: Sequence[str], labels: Mapp
         return []
     if max(len(found) for found in tested.values()) > 1:
         words = [
-            f"{the(labels[system])} on {sum(bool(one.ece and one.ece.p_value < 0.05) for one in found)} of {len(found)}"
+            f"{sum(one.ece.p_value < 0.05 for one in found if one.ece)} of {len(found)} for {the(labels[system])}"
             for system, found in tested.items()
         ]
-        return [f"Perfect calibration is rejected (p < 0.05, each test by itself) for {listed(words)} tasks."]
+        return [f"Tasks on which perfect calibration is rejected (p < 0.05, each test by itself): {listed(words)}."]
     words = []
     for system, (one,) in tested.items():
         assert one.ece is not None

@@ -163,7 +163,7 @@ def test_odd_cases_are_told_plainly(tmp_path: Path) -> None:
     Page(html)
     for text in (plain(Page(html).words), plain(markdown)):
         assert "auroc is left out: every answer is right." in text
-        assert "3 documents. Too few for pictures: they need 20." in text
+        assert "Too few for pictures: they need 20." in text
         assert "ensemble of 8: Of the ensemble alone." in text
         assert "120 of 3,000 (ensemble of 8); their time is not counted" in text
         assert "members took" not in text  # the time of some of its answers is unknown
@@ -352,8 +352,8 @@ def test_verdict_on_calibration_rests_on_the_test() -> None:
     assert "the ensemble of 8 is not calibrated (p = 0.010)" in calibration_sentences(analyses, ["rte"], LABELS)[0]
     several = {system: {**by_task, "sst2": by_task["rte"]} for system, by_task in analyses.items()}
     assert calibration_sentences(several, ["rte", "sst2"], LABELS) == [
-        "Perfect calibration is rejected (p < 0.05, each test by itself) for the deterministic adapter on 2 of 2 and "
-        "the ensemble of 8 on 2 of 2 tasks."
+        "Tasks on which perfect calibration is rejected (p < 0.05, each test by itself): 2 of 2 for the deterministic "
+        "adapter and 2 of 2 for the ensemble of 8."
     ]
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from eval.report.svg import LINE, SETTINGS, SYSTEM_STYLE, axes_in, cut, plain
+from eval.report.tables import shown_task
 from eval.scores import ScoreRow
 
 MOST_ROWS = 16
@@ -53,4 +54,5 @@ def scores_figure(rows: Sequence[ScoreRow], width: float) -> Figure:
 def band_label(row: ScoreRow, rows: Sequence[ScoreRow]) -> str:
     """The task, and the metric where the rows have several; long names are cut."""
     several = len({other.metric for other in rows}) > 1
-    return plain(cut(f"{row.task}, {row.metric}" if several else row.task, 48))
+    task = shown_task(row.task)
+    return plain(cut(f"{task}, {row.metric}" if several else task, 48))
