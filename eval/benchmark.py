@@ -134,11 +134,12 @@ def benchmark(
     config = shape_config(shape, layers)
     model = random_adapter(random_base(config, recipe.base, device, seed), recipe, seed)
     work = Work().scaled(tokens)
-    subjects = {key: Subject(run, device) for key, run in ways(model, recipe, work, seed).items()}
+    all_ways = ways(model, recipe, work, seed)
+    subjects = {" ".join(key): Subject(run, device) for key, run in all_ways.items()}
     samples = interleaved(
         subjects, device, rounds, warmup, seed, lambda number: announce(f"round {number} of {rounds}")
     )
-    seconds = {key: phases["all"] for key, phases in samples.items()}
+    seconds = {key: samples[" ".join(key)]["all"] for key in all_ways}
     count = recipe.eval.ensemble.instances
     lines = []
     for kind, way in seconds:
@@ -181,7 +182,7 @@ def random_adapter(base: Any, recipe: Recipe, seed: int) -> PeftModel:
     """The base with an adapter whose B is not zero, in eval mode."""
     settings = LoraConfig(
         r=recipe.adapter.rank,
-        lora_alpha=recipe.adapter.alpha,
+        lora_alpha=int(recipe.adapter.alpha),
         target_modules=recipe.adapter.target_modules,
         task_type="CAUSAL_LM",
     )

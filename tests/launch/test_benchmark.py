@@ -184,3 +184,35 @@ def test_variants_are_the_recipes_settings_in_each_mode() -> None:
     assert (instance.sampling, instance.instances, instance.execution) == ("instance", 4, "sequential")
     with pytest.raises(UserError, match="instance-N-sequential"):
         parse_variants("instance-0", dropout)
+
+
+def test_evaluation_in_every_way(repository: Path, tmp_path: Path) -> None:
+    record = tmp_path / "cost.json"
+    done = run(
+        repository,
+        *("--level", "evaluation", "--shape", "tiny", "--tokens", "30", "--rounds", "2", "--warmup", "2"),
+        *("eval.ensemble.instances=2", "--json", str(record)),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(record.read_text())
+    ways = ["stock lm-eval, one model", "ours, one model", "ours, 2 members", "2 separate passes"]
+    assert [(line["work"], line["way"]) for line in found["lines"]] == [
+        (work, way) for work in ("few-shot", "choices", "decoding") for way in ways
+    ]
+    for line in found["lines"]:
+        assert line["way"] in done.stdout
+        assert len(line["timing"]["seconds"]) == 2 and line["timing"]["median"] > 0
+        assert (line["against_separate"] is not None) == (line["way"] == "ours, 2 members")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give its --shape"),
+        (["--shape", "tiny", "--plot", "a.svg"], "--plot: --level evaluation draws none"),
+        (["--shape", "tiny", "--variants", "lora,example"], "--variants: are of training steps"),
+    ],
+)
+def test_evaluation_refuses_what_it_has_not(repository: Path, arguments: list[str], message: str) -> None:
+    done = run(repository, "recipes/alpaca.yaml", "--level", "evaluation", *arguments)
+    assert done.returncode == 2 and message in done.stderr
