@@ -242,7 +242,7 @@ def ece_rows(task: str, analyses: Analyses) -> list[EceRow]:
     """The calibration errors of one task: equal-width bins, then bins of equal counts."""
     analysed = {name: by_task[task] for name, by_task in analyses.items() if task in by_task}
     named = {
-        "ECE, 15 equal bins": {name: one.ece for name, one in analysed.items() if one.ece is not None},
+        "ECE, 15 bins": {name: one.ece for name, one in analysed.items() if one.ece is not None},
         "adaptive ECE, bins of equal counts": {
             name: one.adaptive_ece for name, one in analysed.items() if one.adaptive_ece is not None
         },

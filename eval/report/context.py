@@ -40,8 +40,8 @@ SURE_NOTE = (
     "for a perfectly calibrated model with the same confidences, p the probability of one at least as large."
 )
 CURVES_CAPTION = (
-    "Scores after the first members. Cost is the whole run's scoring time against the deterministic adapter's; a part "
-    "of the members is taken as that part of the time."
+    "Scores after the first members; steps smaller than the intervals in the table mean little. Cost is the time "
+    "of the whole run against the deterministic adapter's; a part of the members is taken as that part of the time."
 )
 
 
@@ -103,15 +103,16 @@ def report_context(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def system_label(name: str, ours: Mapping[str, Any]) -> str:
-    """The words for a system, with the number of members."""
-    if name == "ensemble":
-        return f"ensemble of {ours['ensemble']['instances']}" if ours.get("ensemble") else "ensemble"
-    return {
+    """The words for a system, with the number of members where it is known."""
+    words = {
         "base": "base",
         "deterministic": "deterministic adapter",
         "mc_dropout": "MC dropout",
         "deep_ensemble": "deep ensemble",
+        "ensemble": "ensemble",
     }[name]
+    members = (ours.get("ensemble") if name == "ensemble" else ours["systems"][name].get("members")) or {}
+    return f"{words} of {members['instances']}" if "instances" in members else words
 
 
 def sure_rows(rows: Sequence[ScoreRow], analysed: Sequence[str], analyses: Analyses) -> list[Row]:

@@ -8,6 +8,11 @@ from typing import Any
 from eval.numbers import capital
 from pipeline.recipe import Recipe
 
+BASELINES = {"mc_dropout": "MC dropout", "deep_ensemble": "Deep ensemble"}
+MODES = {
+    "exact": "exact: lm-eval's own code",
+    "fast": "fast: shared prompt beginnings computed once, scores in float32",
+}
 PROVENANCE_ORDER = ("command", "started", "finished", "recipe sha256", "seed", "base", "data", "git", "versions")
 
 
@@ -26,6 +31,9 @@ def setting_rows(ours: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str
         members = f"{ensemble['instances']} {balanced}members, average of {ensemble['average']} at every token"
         found += [("Test ensemble", f"{members}, mask seed {ensemble['seed']}")]
     found += baseline_rows(ours["systems"])
+    found += [(label, baseline_words(name, ours)) for name, label in BASELINES.items() if name in ours["systems"]]
+    modes = sorted({system["mode"] for system in ours["systems"].values() if system.get("mode")})
+    found += [("Scoring mode", " and ".join(MODES[mode] for mode in modes))] if modes else []
     prompts = {"task": "the task's own", "training": "the training prompt around the task's text"}
     fewshot, limit = recipe.eval.num_fewshot, ours.get("limit")
     return [
@@ -49,6 +57,15 @@ def baseline_rows(systems: Mapping[str, Any]) -> list[tuple[str, str]]:
         members = f"{adapters['instances']} adapters, average of {adapters['average']} at every token"
         rows.append(("Deep ensemble", f"{members}; with {', '.join(adapters['folders'])}"))
     return rows
+
+
+def baseline_words(name: str, ours: Mapping[str, Any]) -> str:
+    """What a baseline with several models averages."""
+    members = ours["systems"][name].get("members") or {}
+    words = [f"{members['instances']} members, average of {members['average']} at every token"] if members else []
+    words += [f"rate {members['rate']:g} on the adapter's input, seed {members['seed']}"] if "rate" in members else []
+    words += [f"this adapter and {', '.join(members['folders'])}"] if "folders" in members else []
+    return ", ".join(words) or "not recorded"
 
 
 def dropout_rows(trained: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from eval.analysis.analyse import OVERALL
 from eval.analysis.schema import Bin, CalibrationError, CurvePoint, Estimate, TaskAnalysis
-from eval.numbers import FIXED_SPACE, number, p_text
+from eval.numbers import FIXED_SPACE, MINUS, number, p_text
 from eval.scores import EceRow, Score, ScoreRow, interval_text, metric_name, value_text
 
 COVERAGES = (0.5, 0.8, 0.9)
@@ -119,7 +119,9 @@ def facts(analysis: TaskAnalysis) -> dict[str, Cell]:
         found[f"{metric_name(key)}, as if subjects were a sample (sensitivity)"] = estimate_cell(estimate)
     if analysis.jensen:
         gap = analysis.jensen
-        found["Jensen gap per token, nats"] = Cell(number(gap.per_token, 4), f"least {gap.least:.1e}")
+        found["Jensen gap per token, nats"] = Cell(
+            number(gap.per_token, 4), f"least {gap.least:.0e}".replace("-", MINUS)
+        )
         if gap.choice_level is not None:
             found["Jensen gap of the right choice, nats"] = Cell(number(gap.choice_level, 4))
     return found

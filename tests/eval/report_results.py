@@ -165,6 +165,17 @@ def write_results(folder: Path, results: dict[str, Any]) -> Path:
     return folder
 
 
+MEMBERS = {
+    "mc_dropout": {"kind": "noise", "instances": 8, "average": "logits", "rate": 0.1, "seed": 3},
+    "deep_ensemble": {
+        "kind": "adapters",
+        "instances": 3,
+        "average": "logits",
+        "folders": ["outputs/seed-1", "outputs/seed-2"],
+    },
+}
+
+
 def analysed_results(
     systems: tuple[str, ...] = ("base", "deterministic", "ensemble"), tasks: tuple[str, ...] | None = None
 ) -> dict[str, Any]:
@@ -189,7 +200,15 @@ def analysed_results(
             }
             for task, one in analyses.items()
         }
-        ours["systems"][system] = {"results": of_tasks, "analysis": analyses, "seconds": seconds[system]}
+        ours["systems"][system] = {
+            "results": of_tasks,
+            "analysis": analyses,
+            "seconds": seconds[system],
+            "requests": 9000,
+            "kept": 0,
+            "mode": "fast",
+            "members": MEMBERS.get(system),
+        }
     last = ours["systems"][systems[-1]]
     parts = ["mmlu_law", "mmlu_anatomy", "mmlu_physics"]
     samples = {task: one["documents"] for task, one in last["analysis"].items() if task != "mmlu"}

@@ -127,8 +127,14 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
 def test_five_systems_are_told_apart(tmp_path: Path) -> None:
     results = analysed_results(tuple(SIMULATED), ("rte",))
     html, markdown = written(tmp_path, results)
-    header = "| task | metric | documents | base | deterministic adapter | MC dropout | deep ensemble | ensemble of 8 |"
+    header = "| task | metric | documents | base | deterministic adapter | MC dropout of 8 | deep ensemble of 3 | "
+    header += "ensemble of 8 |"
     assert header in markdown
+    assert "8 members, average of logits at every token, rate 0.1 on the adapter's input, seed 3" in markdown
+    assert "this adapter and outputs/seed-1, outputs/seed-2" in markdown
+    assert re.search(
+        r"After own temperatures the lowest NLL is (the [a-z ]+ of \d|MC dropout of 8)'s on 1 of 1", markdown
+    )
     assert {"var(--base)", "var(--mc-dropout)", "var(--deep-ensemble)", "var(--ensemble)"} <= set(
         re.findall(r"var\(--[a-z-]+\)", html)
     )

@@ -33,24 +33,25 @@ LEFT, GAP, TITLE, HEIGHT, BELOW = 0.6, 0.55, 0.3, 1.45, 0.5
 
 
 def curves_figure(curves: Mapping[str, Sequence[MemberCurve]], width: float) -> Figure:
-    """A panel per metric, against members and, where times are known, against cost below (on a phone: beside) it.
+    """A panel per metric against members and, where times are known, against cost; on a phone the two are side by side.
 
     Args:
         curves: by the metric's words.
         width: in inches.
     """
     kinds = ["members", *(["cost"] if any(one.cost is not None for found in curves.values() for one in found) else [])]
-    across, down = (len(curves), len(kinds)) if width == WIDE else (len(kinds), len(curves))
+    by_metric = width == WIDE and len(curves) > 1
+    across, down = (len(curves), len(kinds)) if by_metric else (len(kinds), len(curves))
     side = min(3.4, (width - LEFT - 0.1 - (across - 1) * GAP) / across)
     block = TITLE + HEIGHT + BELOW
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(width, down * block))
         for i, (metric, found) in enumerate(curves.items()):
             for j, kind in enumerate(kinds):
-                column, row = (i, j) if width == WIDE else (j, i)
+                column, row = (i, j) if by_metric else (j, i)
                 axes = axes_at(figure, LEFT + column * (side + GAP), row * block + TITLE, side, HEIGHT)
                 draw_curves(axes, found, kind)
-                if (j if width == WIDE else column) == 0:
+                if j == 0:
                     axes.set_title(plain(metric), fontsize=9.5, loc="left")
     return figure
 
