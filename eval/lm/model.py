@@ -370,19 +370,6 @@ class EnsembleLM(HFLM):
             generation_kwargs["custom_generate"] = EnsembleDecoder(self.members)
         return super()._model_generate(context=context, max_length=max_length, stop=stop, **generation_kwargs)
 
-    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> Any:
-        """lm-eval's: of whole passes, in which all members take part.
-
-        Raises:
-            torch.OutOfMemoryError: one request does not fit.
-        """
-        try:
-            return super()._detect_batch_size(requests, pos)
-        except RuntimeError as error:
-            if "No executable batch size found" not in str(error):  # accelerate 1.15
-                raise
-            raise torch.OutOfMemoryError("one request does not fit in memory") from error
-
     @contextmanager
     def _batch_size_found(self) -> Iterator[None]:
         """Inside, ``auto`` is the number that was found: lm-eval would look for it in every batch again."""

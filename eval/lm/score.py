@@ -86,6 +86,8 @@ class Scorer:
             NotFinite: a score is NaN or infinite.
             torch.OutOfMemoryError: one row of one member does not fit.
         """
+        if len(finished) == len(requests):
+            return
         try:
             for group, batches in self.plan(requests):
                 todo = [batch for batch in batches if not _indices(batch) <= finished]

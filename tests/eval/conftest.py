@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.lora_dropout import LoraDropout
@@ -57,12 +58,27 @@ def adapted(pocket_base: Path) -> Adapted:
     return Adapted(model, AutoTokenizer.from_pretrained(pocket_base), dropout, dense_member)
 
 
+@pytest.fixture(scope="session")
+def tokenizer(pocket_base: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(pocket_base)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A base of two layers of width 32 with random weights, and the pocket base's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-base")
+    tiny_model("llama, grouped queries").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 WORDS = ["the", "old", "dog", "house", "river", "walked", "slowly", "saw", "her", "letter", "under", "white", "never"]
 
 
 @pytest.fixture(scope="session")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tasks over 11 random documents: ``tiny_choice``, ``tiny_words`` (generation), ``tiny_text`` (rolling)."""
+    """Four tasks over 11 random documents: ``tiny_choice``, ``tiny_words`` (generation), ``tiny_text`` (rolling),
+    ``tiny_last`` (LAMBADA-like)."""
     folder = tmp_path_factory.mktemp("tasks")
     draw = random.Random(SEED)
 
@@ -101,6 +117,14 @@ doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{choices[0]}}}}"
 generation_kwargs: {{until: ["."], max_gen_toks: 6, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    (folder / "tiny_last.yaml").write_text(
+        f"""{common}task: tiny_last
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: " {{{{choices[0]}}}}"
+metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: false}}]
 """
     )
     (folder / "tiny_text.yaml").write_text(

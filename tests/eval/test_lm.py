@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from peft import LoraConfig, get_peft_model
+from tiny_models import with_adapter
 
 from eval.lm import EnsembleLM
 from eval.lm.members import MaskedMembers
 from eval.lm.sharing import share
+from eval.lm.store import AnswerStore
 from pipeline.base import load_base
 from pipeline.data import PromptTemplate
 from pipeline.data.tokenise import tokenised_row
@@ -49,7 +50,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("system", "batch_size"), [("base", 3), ("deterministic", 1), ("deterministic", 3)])
+@pytest.mark.parametrize(("system", "batch_size"), [("base", 3), ("deterministic", 3)])
 def test_without_an_ensemble_every_answer_is_stock_lm_evals(
     adapted: Any, task_folder: Path, system: str, batch_size: int
 ) -> None:
@@ -65,18 +66,55 @@ def test_without_an_ensemble_every_answer_is_stock_lm_evals(
     assert found == expected  # bit for bit
 
 
-def test_without_an_ensemble_a_4_bit_base_is_stock_lm_evals_too(
-    pocket_base: Path, task_folder: Path, adapted: Any
+@pytest.mark.parametrize(
+    ("storage", "batch_size"),
+    [
+        ("float32", 1),
+        ("float32", 3),
+        ("float32", "auto"),
+        ("bfloat16", 3),
+        ("bfloat16", "auto"),
+        ("nf4", 1),
+        ("nf4", 3),
+    ],
+)
+def test_every_request_type_is_stock_lm_evals(
+    tiny_base: Path, tokenizer: Any, task_folder: Path, tmp_path: Path, storage: str, batch_size: Any
 ) -> None:
-    torch.manual_seed(0)
-    model = get_peft_model(load_base(Base(model=str(pocket_base))), LoraConfig(r=4, target_modules="all-linear")).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.05)
-    ours = EnsembleLM(model, adapted.tokenizer, batch_size=4)
-    stock = HFLM(pretrained=model, tokenizer=adapted.tokenizer, batch_size=4)
-    found, expected = (answers(evaluated(lm, task_folder, ["tiny_choice", "tiny_words"])) for lm in (ours, stock))
-    assert found == expected
+    """Bit for bit: choices, last words, texts and generated answers; with and without kept answers."""
+    quantization, dtype = ("nf4", "bfloat16") if storage == "nf4" else ("none", storage)
+    model = with_adapter(load_base(Base(model=str(tiny_base), quantization=quantization, dtype=dtype)))
+    tasks = ["tiny_choice", "tiny_last", "tiny_text", "tiny_words"]
+
+    def results(lm: HFLM) -> dict[str, Any]:
+        lm.max_batch_size = 2  # the search for the automatic size begins here
+        found = evaluated(lm, task_folder, tasks)
+        return {"answers": answers(found), "results": found["results"]}
+
+    stock = results(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size))
+    assert results(EnsembleLM(model, tokenizer, batch_size=batch_size)) == stock
+    kept: list[int] = []
+    for _ in range(2):
+        store = AnswerStore.open(tmp_path, {"storage": storage})
+        lm = EnsembleLM(model, tokenizer, batch_size=batch_size, store=store)
+        assert results(lm) == stock
+        kept.append(lm.kept)
+    assert kept[0] == 0 and kept[1] >= lm.requests, "texts count by windows"
+
+
+def test_sampling_in_mode_exact_is_stock_lm_evals(tiny_base: Path, tokenizer: Any) -> None:
+    """In several batches, from torch's own random stream."""
+    model = with_adapter(load_base(Base(model=str(tiny_base), quantization="none", dtype="float32")))
+    given = {"until": ["."], "max_gen_toks": 6, "do_sample": True, "temperature": 2.0}
+    requests = [Instance("generate_until", {}, (pair[0], dict(given)), 0, ("t", n, 1)) for n, pair in enumerate(PAIRS)]
+    texts = []
+    for lm in (
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3),
+        EnsembleLM(model, tokenizer, batch_size=3),
+    ):
+        torch.manual_seed(5)
+        texts.append(lm.generate_until(requests, disable_tqdm=True))
+    assert texts[0] == texts[1] and len(set(texts[0])) == 4
 
 
 @pytest.mark.parametrize("average", ["logits", "probabilities"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from lm_eval.api.instance import Instance
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from eval.lm.members import Members
 
 VOCABULARY = 4096
 """Of the pocket base's tokenizer."""
@@ -155,6 +158,34 @@ def questions(seed: int, count: int, examples: int = 20) -> list[tuple[str, str]
 def requests_of(kind: str, arguments: list[Any], task: str = "task") -> list[Instance]:
     """One document each."""
     return [Instance(kind, {}, given, 0, (task, number, 1)) for number, given in enumerate(arguments)]
+
+
+def naive_logits(model: PeftModel, members: Members, tokens: list[int]) -> torch.Tensor:
+    """``(N, T, V)`` float64: every member alone, one whole pass each."""
+    found = []
+    for number in range(members.count):
+        with members.active(range(number, number + 1)), torch.no_grad():
+            found.append(model(input_ids=torch.tensor([tokens])).logits[0].double())
+    return torch.stack(found)
+
+
+def averaged(logits: torch.Tensor, average: str) -> torch.Tensor:
+    """The definition: ``(N, ..., V)`` logits to ``(..., V)`` log-probabilities."""
+    if average == "logits":
+        return logits.mean(0).log_softmax(-1)
+    return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
+
+
+def naive_scores(
+    model: PeftModel, members: Members, context: list[int], continuation: list[int]
+) -> tuple[list[float], list[float], bool]:
+    """Log-likelihood under the first 1..N members, under each alone, and whether greedy: the definition."""
+    logits = naive_logits(model, members, context + continuation[:-1])[:, len(context) - 1 :]
+    wanted = torch.tensor(continuation)[:, None]
+    running = [averaged(logits[:n], members.average) for n in range(1, members.count + 1)]
+    each = [averaged(member[None], members.average) for member in logits]
+    sums = [[float(scores.gather(1, wanted).sum()) for scores in part] for part in (running, each)]
+    return sums[0], sums[1], bool((running[-1].argmax(-1) == wanted[:, 0]).all())
 
 
 def counted_calls(model: torch.nn.Module, calls: list[tuple[int, int]]) -> Callable[[], None]:
