@@ -33,7 +33,7 @@ MASK_SEEDS = (1, 2, 3)
 RECIPES = {"masks": "calibration.yaml", "lora": "lora.yaml", "input-dropout": "input-dropout.yaml"}
 TASKS = ("local_arc_easy", "local_sst2", "local_rte", "calibration_mmlu")
 LEARNED = ("local_sst2",)
-"""The one task of which such a base can learn much: all that other seeds than 0, and other mask seeds, are scored on."""
+"""The task of which such a base can learn much: all that seeds other than 0, and other mask seeds, are scored on."""
 
 Output = Annotated[Path, typer.Option(help="Rows, runs, evaluations and comparisons go there.")]
 
@@ -137,8 +137,8 @@ def comparisons(output: Path) -> list[Job]:
 
     def job(name: str, *arguments: str, metric: str = "nll", tasks: tuple[str, ...] = TASKS) -> Job:
         folder = output / "comparisons" / name
-        primary = [part for task in tasks for part in ("--primary", f"{task}={metric}")]
-        command = [sys.executable, "launch/compare.py", *arguments, *primary, "--output", str(folder)]
+        tested = [part for task in tasks for part in ("--task", task, "--primary", f"{task}={metric}")]
+        command = [sys.executable, "launch/compare.py", *arguments, *tested, "--output", str(folder)]
         return Job(name, command, folder / "comparison.json")
 
     results = output / "evaluations"

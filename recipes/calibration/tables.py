@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # python puts this folder first
 
 import typer
-from study import MASK_SEEDS, SEEDS, TASKS
+from study import LEARNED, MASK_SEEDS, SEEDS, TASKS
 
 from launch.command import run_command
 
@@ -117,8 +117,8 @@ def adapter_rows(comparison: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def curve_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Seed 0's ensemble on SST-2 after 1, 2, ... members."""
-    for point in found["masks-0"]["ensemble"]["local_sst2"]["curve"]:
+    """Seed 0's ensemble on the learned task after 1, 2, ... members."""
+    for point in found["masks-0"]["ensemble"][LEARNED[0]]["curve"]:
         scores = point["scores"]
         yield [
             str(point["members"]),
