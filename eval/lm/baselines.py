@@ -41,7 +41,7 @@ class MemberNoise(nn.Module):
 
     def __init__(self, rate: float, generators: Sequence[torch.Generator]) -> None:
         """Args: ``rate`` p; ``generators``: n of them, in the order of the members' rows."""
-        super().__init__()  # in train mode, without which DoRA would leave its dropout out
+        super().__init__()
         self.rate = rate
         self.generators = generators
 
@@ -82,9 +82,17 @@ class McDropoutMembers:
         """That get noise, by name.
 
         Raises:
-            UserError: none does.
+            UserError: none does, or a LoRA variant would do without it in silence.
         """
-        found = adapter_layers(self.model, _only_adapter(self.model))
+        adapter = _only_adapter(self.model)
+        found = adapter_layers(self.model, adapter)
+        own = [layer.lora_variant[adapter] for layer in found.values() if adapter in layer.lora_variant]
+        variants = {type(variant).__name__ for variant in own}
+        if variants:
+            raise UserError(
+                f"eval.systems: no mc_dropout for this adapter: its layers are of the variant {min(variants)}, to "
+                "which peft gives dropout in training only; leave it out"
+            )
         noisy = {name: layer for name, layer in found.items() if type(layer).__name__ not in WITHOUT_INPUT_DROPOUT}
         if not noisy:
             kinds = ", ".join(sorted({type(layer).__name__ for layer in found.values()}))
@@ -101,8 +109,8 @@ class McDropoutMembers:
         generators = [torch.Generator(self.model.device) for _ in numbers]
         noise = MemberNoise(self.rate, generators)
 
-        def seeded(_causal: nn.Module, _arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
-            tokens: torch.Tensor = given["input_ids"]
+        def seeded(_model: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
+            tokens: torch.Tensor = arguments[0] if arguments else given["input_ids"]
             kept = given.get("past_key_values")
             before = 0 if kept is None else kept.get_seq_length()
             seeds = noise_seeds(self.seed, numbers, before, tokens[: len(tokens) // len(numbers)])
@@ -110,13 +118,17 @@ class McDropoutMembers:
                 generator.manual_seed(member_seed)
 
         stock = {layer: layer.lora_dropout[name] for layer in self.layers.values()}
-        hook = self.model.get_base_model().register_forward_pre_hook(seeded, with_kwargs=True)
+        # generate() calls the causal model, past the PeftModel; AdaLoRA calls its forward, past its hooks. Else both
+        # are called, and the second seeds as the first did.
+        models = (self.model, self.model.get_base_model())
+        hooks = [model.register_forward_pre_hook(seeded, with_kwargs=True) for model in models]
         try:
             for layer in stock:
                 layer.lora_dropout[name] = noise
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             for layer, own in stock.items():
                 layer.lora_dropout[name] = own
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -251,12 +252,31 @@ def test_generation_with_noise_repeats_itself_whatever_the_chunks(adapted: Any, 
     assert any(first != written(replace(noisy, seed=seed)) for seed in range(4))
 
 
-def test_an_adapter_without_dropout_on_any_input_is_refused(pocket_base: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LoraConfig(r=2, target_modules=["embed_tokens"]), "whose layers (Embedding) have no dropout on their input"),
+        (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "its layers are of the variant DoraLinearVariant"),
+    ],
+)
+def test_an_adapter_that_takes_no_noise_is_refused(pocket_base: Path, config: LoraConfig, reason: str) -> None:
     base = load_base(Base(model=str(pocket_base), quantization="none", dtype="float32"))
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
-    members = McDropoutMembers(model, 2, "logits", RATE, 0)
-    with pytest.raises(UserError, match=r"no mc_dropout for this adapter, whose layers \(Embedding\)"):
-        members.layers  # noqa: B018
+    model = get_peft_model(base, config)
+    with pytest.raises(UserError, match=re.escape(reason)):
+        McDropoutMembers(model, 2, "logits", RATE, 0).layers  # noqa: B018
+
+
+ADALORA = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def test_adalora_has_noise_too(pocket_base: Path, tmp_path: Path) -> None:
+    """Its model calls the base past the base's hooks."""
+    base, batch = load_base(Base(model=str(pocket_base), quantization="none", dtype="float32")), tokens(2, 12)
+    model = load_adapter(copy.deepcopy(base), saved_adapter(base, tmp_path / "a", 0, ADALORA))
+    members = McDropoutMembers(model, 2, "logits", RATE, 3)
+    found, expected = logits(members, batch, range(2)), noisy_logits(model, members, batch)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 0.01
 
 
 # Deep ensembles
@@ -347,8 +367,7 @@ def test_the_model_is_left_as_it_was(several: Several) -> None:
 def test_layers_that_cannot_tell_rows_apart_run_one_member_at_a_time(pocket_base: Path, tmp_path: Path) -> None:
     settings = Base(model=str(pocket_base), quantization="none", dtype="float32")
     plain, batch = load_base(settings), tokens(2, 8)
-    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules="all-linear", task_type="CAUSAL_LM")
-    folders = [saved_adapter(plain, tmp_path / str(seed), seed, config) for seed in range(2)]
+    folders = [saved_adapter(plain, tmp_path / str(seed), seed, ADALORA) for seed in range(2)]
     model = load_adapter(load_base(settings), folders[0])
     with further_adapters(model, folders[1:]):
         members = AdapterMembers(model, adapter_names(model, 1), "logits")
