@@ -59,7 +59,7 @@ def report_context(results: Mapping[str, Any]) -> dict[str, Any]:
     main = [row for row in own if row.primary or row.task not in analysed]
     drawn = [row for row in main if row.percent and row.scores]
     curves = loss_curves(history)
-    scores_picture = picture(partial(scores_figure, drawn[:MOST_ROWS]), "scores") if drawn else None
+    scores_picture = picture(partial(scores_figure, drawn[:MOST_ROWS]), "scores", labels) if drawn else None
     losses_picture = picture(partial(losses_figure, curves), "losses") if curves else None
     sections = [
         task_section(

@@ -7,8 +7,9 @@ so one picture serves light, dark and print. Text stays text: it takes the page'
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
 
 # Colour of the light page -> CSS variable of report.css, which has the same value there.
 THEME = {
@@ -83,12 +86,13 @@ class Picture:
     png: bytes
 
 
-def picture(draw: Callable[[float], Figure], name: str) -> Picture:
+def picture(draw: Callable[[float], Figure], name: str, key: Mapping[str, str] | None = None) -> Picture:
     """Draw it.
 
     Args:
         draw: from a width in inches to the figure.
         name: of the picture, unique on the page; other characters than letters and digits become dashes.
+        key: labels by system, for the files; on the page the key stands above the picture.
     """
     name = re.sub(r"[^\w.-]", "-", name)
     figure = draw(WIDE)
@@ -97,11 +101,45 @@ def picture(draw: Callable[[float], Figure], name: str) -> Picture:
         inline_svg(svg, f"{name}-{kind}").replace("<svg", f'<svg class="{kind}"', 1)
         for kind, svg in (("wide", wide), ("narrow", narrow))
     )
+    above = add_key(figure, key) if key else 0.0
+    whole = Bbox.from_extents(0, 0, figure.get_figwidth(), figure.get_figheight() + above)
+    file = svg_text(figure, whole) if key else wide
     png = io.BytesIO()
     with matplotlib.rc_context(SETTINGS):
-        figure.savefig(png, format="png", dpi=PNG_DOTS_PER_INCH, facecolor=PAPER, metadata={"Software": None})
-    on_white = wide.replace("<defs>", f'<rect width="100%" height="100%" fill="{PAPER}"/>\n <defs>', 1)
+        figure.savefig(
+            png,
+            format="png",
+            dpi=PNG_DOTS_PER_INCH,
+            facecolor=PAPER,
+            bbox_inches=whole,
+            metadata={"Software": None},
+        )
+    on_white = file.replace("<defs>", f'<rect width="100%" height="100%" fill="{PAPER}"/>\n <defs>', 1)
     return Picture(name, Markup(inline), on_white, png.getvalue())
+
+
+def add_key(figure: Figure, labels: Mapping[str, str]) -> float:
+    """What the markers mean, above the figure. Returns the inches that it takes there."""
+    with matplotlib.rc_context(SETTINGS):
+        handles = [
+            Line2D(
+                [],
+                [],
+                color=SYSTEM_STYLE[system].colour,
+                marker=SYSTEM_STYLE[system].marker,
+                markerfacecolor=SYSTEM_STYLE[system].filling,
+                markersize=5,
+                linewidth=1.4,
+                label=plain(label),
+            )
+            for system, label in labels.items()
+        ]
+        columns = min(len(handles), 3)
+        place = (0.05 / figure.get_figwidth(), 1.0)
+        figure.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=place, ncols=columns, frameon=False, borderaxespad=0.2
+        )
+    return 0.12 + 0.22 * math.ceil(len(handles) / columns)
 
 
 def write_pictures(pictures: list[Picture], folder: Path) -> None:
@@ -112,14 +150,15 @@ def write_pictures(pictures: list[Picture], folder: Path) -> None:
         (folder / f"{one.name}.png").write_bytes(one.png)
 
 
-def svg_text(figure: Figure) -> str:
-    """The figure as a transparent SVG file without dates or versions: equal figures give equal text."""
+def svg_text(figure: Figure, part: Bbox | None = None) -> str:
+    """The figure, or a part of its plane in inches, as a transparent SVG file. Equal figures give equal text."""
     buffer = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(
             buffer,
             format="svg",
             transparent=True,
+            bbox_inches=part,
             metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
         )
     return buffer.getvalue()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -90,8 +90,14 @@ def task_section(
         reliability=picture(partial(reliability_figure, bins, labels), f"reliability-{task}")
         if bins and drawn
         else None,
-        curves=picture(partial(curves_figure, curves), f"curves-{task}") if curves and drawn else None,
-        risk_coverage=picture(partial(risk_coverage_figure, risks), f"risk-coverage-{task}")
+        curves=picture(
+            partial(curves_figure, curves),
+            f"curves-{task}",
+            keyed(labels, (c.system for found in curves.values() for c in found)),
+        )
+        if curves and drawn
+        else None,
+        risk_coverage=picture(partial(risk_coverage_figure, risks), f"risk-coverage-{task}", keyed(labels, risks))
         if risks and drawn
         else None,
         grids=[bin_grid(labels[system], found) for system, found in bins.items()]
@@ -104,6 +110,12 @@ def task_section(
         mistaken=labels[last] if last else "",
         documents=documents_words(some),
     )
+
+
+def keyed(labels: Mapping[str, str], systems: Iterable[str]) -> dict[str, str]:
+    """The labels of those that are drawn."""
+    drawn = set(systems)
+    return {system: label for system, label in labels.items() if system in drawn}
 
 
 def headline(row: ScoreRow, labels: Mapping[str, str]) -> str:
