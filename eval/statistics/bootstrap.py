@@ -25,7 +25,7 @@ Statistic = Callable[[Values], Values]
 Method = Literal["percentile", "bca"]
 """`bca` for one run's scores, which are skewed; `percentile` for differences of two runs and for sums over articles,
 whose tails are heavy on both sides or whose lengths differ much: there it covers better, by up to 1 point in 62 to 277
-documents; with 1,000 they are alike (tests/eval/statistics/interval_coverage.py)."""
+documents; with 1,000 they are alike (tests/eval/intervals/interval_coverage.py)."""
 DRAWS = 2000
 SEED = 20240415
 LEAST_CLUSTERS = 5

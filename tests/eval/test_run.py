@@ -68,7 +68,7 @@ def test_one_evaluation_leaves_everything(recipe: Recipe, adapter_folder: Path, 
     folder = evaluate(recipe, adapter_folder, tmp_path)
     assert folder is not None and folder.parent == tmp_path / "tiny"
     assert (tmp_path / "tiny" / "latest").resolve() == folder.resolve()
-    assert {file.name for file in (tmp_path / "tiny").iterdir()} == {folder.name, "latest"}, "no partial folder is left"
+    assert {file.name for file in (tmp_path / "tiny").iterdir()} == {folder.name, "latest", "answers"}, "no partial one"
     assert {"report.md", "report.html"} <= {file.name for file in folder.iterdir()}
     said = plain(capsys.readouterr().out)
     assert "Evaluating the base without adapter (1 of 3)" in said
@@ -287,7 +287,7 @@ class NoText:
 @pytest.mark.parametrize("broken", ["samples", "results", "report"])
 def test_a_results_folder_appears_whole_or_not_at_all(tmp_path: Path, broken: str) -> None:
     results = synthetic_results()
-    scores = SystemScores(results["results"], {"task": [{"doc_id": 0}]}, 1, 1.0, None)
+    scores = SystemScores(results["results"], {"task": [{"doc_id": 0}]}, 1, 1.0, None, "fast", 0, {})
     first = write_folder(results, {"ensemble": scores}, tmp_path, "2030-01-02T03:04:05+00:00")
     assert {file.name for file in first.iterdir()} == {
         "results.json",

@@ -1,7 +1,7 @@
 """How often the 95 % intervals of ``eval/statistics`` contain the true score, and how often the test of calibration
 rejects a calibrated model. Run by hand, on one core per process:
 
-    OMP_NUM_THREADS=1 PYTHONPATH=. python tests/eval/statistics/interval_coverage.py --sets 2000 --processes 2
+    OMP_NUM_THREADS=1 PYTHONPATH=. python tests/eval/intervals/interval_coverage.py --sets 2000 --processes 2
 
 It prints a table and writes ``interval_coverage.json`` beside itself: the numbers of the last full run. The suite runs
 a short version (``test_interval_coverage.py``).
@@ -233,7 +233,7 @@ def write(path: Path, sets: int, rows: list[Coverage], rejections: dict[str, dic
     """One row a line, so that a difference to the last run can be read."""
     lines = [json.dumps({**asdict(row), "covers_percent": round(row.percent, 2)}) for row in rows]
     path.write_text(
-        f'{{"command": "python tests/eval/statistics/interval_coverage.py --sets {sets}", "draws": {DRAWS},\n'
+        f'{{"command": "python tests/eval/intervals/interval_coverage.py --sets {sets}", "draws": {DRAWS},\n'
         f'"calibrated_models_rejected_percent": {json.dumps(rejections)},\n"coverage": [\n'
         + ",\n".join(lines)
         + "\n]}\n"
