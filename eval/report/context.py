@@ -73,7 +73,7 @@ def report_context(results: Mapping[str, Any]) -> dict[str, Any]:
         + temperature_sentences(analyses, [task for task in analysed if task != OVERALL], labels)
         + baseline_sentences(analyses, [task for task in analysed if task != OVERALL], labels)
         + calibration_sentences(analyses, [task for task in analysed if task != OVERALL], labels)
-        + loss_sentences(evaluations(history))[:1],
+        + [" ".join(loss_sentences(evaluations(history)))] * bool(evaluations(history)),
         "tests": pointer_sentences(labels),
         "notes": notes(results, history),
         "labels": labels,

@@ -15,10 +15,7 @@ def notes(results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> l
     systems, settings = ours["systems"], ours.get("adapter_settings") or {}
     rate = settings.get("rate")
     found = list(ours.get("warnings", []))
-    if ours.get("limit") is not None:
-        found.append(
-            f"First {ours['limit']} documents of each task only (eval.limit): a trial, not a benchmark result."
-        )
+    found += limit_notes(results)
     if not ours.get("adapter"):
         found.append("No adapter was given: these are scores of the base model.")
     elif "ensemble" not in systems and not ours.get("warnings"):
@@ -35,6 +32,17 @@ def notes(results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> l
             f"Loss was not a finite number at step {', '.join(broken[:5])}: the training broke, the curves omit it."
         )
     return found
+
+
+def limit_notes(results: Mapping[str, Any]) -> list[str]:
+    """Which tasks were cut short by ``eval.limit``; none where it was no less than their documents."""
+    limit = results["lora_dropout"].get("limit")
+    counts = results.get("n-samples", {}).items()
+    cut = [f"{task} (of {n['original']:,})" for task, n in counts if n["effective"] < n["original"]]
+    if limit is None or not cut:
+        return []
+    named = ", ".join(cut[:3]) + (f" and {len(cut) - 3} more tasks" if len(cut) > 3 else "")
+    return [f"First {limit:,} documents only (eval.limit) of {named}: a trial, not a benchmark result."]
 
 
 def task_notes(analyses: Analyses, task: str, labels: Mapping[str, str]) -> list[str]:

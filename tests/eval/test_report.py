@@ -165,9 +165,13 @@ def test_rate_zero_says_why_there_is_no_ensemble(written) -> None:
 
 def test_limit_is_said_first(written) -> None:
     results = synthetic_results()
-    results["lora_dropout"]["limit"] = 20
+    results["lora_dropout"]["limit"] = 200
     for text in written(results):
-        assert "First 20 documents of each task only (eval.limit)" in text.split("Scores")[0]
+        assert "eval.limit" not in text.split("Scores")[0]  # no task has more
+    results["n-samples"]["pocket_sentiment"] = {"original": 1000, "effective": 200}
+    for text in written(results):
+        words = "First 200 documents only (eval.limit) of pocket_sentiment (of 1,000): a trial"
+        assert words in text.split("Scores")[0]
 
 
 def test_history_without_validation_or_with_a_broken_loss(written) -> None:
@@ -207,7 +211,10 @@ def test_group_rows_come_first_and_their_parts_apart(written) -> None:
         system["results"] = {"mmlu": total, **parts}
     results["results"] = {"mmlu": total, **parts}
     results["group_subtasks"] = {"mmlu": ["mmlu_law", "mmlu_math"]}
-    results["n-samples"] = {"mmlu_law": {"effective": 100}, "mmlu_math": {"effective": 50}}
+    results["n-samples"] = {
+        "mmlu_law": {"original": 100, "effective": 100},
+        "mmlu_math": {"original": 50, "effective": 50},
+    }
     html, markdown = written(results)
     assert markdown.index("| mmlu |") < markdown.index("### Parts of the groups") < markdown.index("| mmlu_law |")
     assert "| mmlu | accuracy, % | 150 | 33.3 (25.9 to 40.8)" in plain(markdown)

@@ -41,6 +41,10 @@ def texts(run_folder: Path) -> tuple[str, str]:
     return (run_folder / "report.html").read_text("utf-8"), (run_folder / "report.md").read_text("utf-8")
 
 
+def lines_of(markdown: str) -> list[str]:
+    return [plain(line) for line in markdown.splitlines()]
+
+
 def written(folder: Path, results: dict) -> tuple[str, str]:
     """(HTML, Markdown) of the report of some results."""
     write_report(write_results(folder, results))
@@ -62,7 +66,7 @@ def test_every_score_of_the_analysis_is_printed_as_it_is_in_the_results(texts: t
     _, markdown = texts
     results = analysed_results()
     rows = {(row.task, row.key): row for row in score_rows(results)}
-    lines = [line.split(" | ") for line in plain(markdown.replace("\n", "\x00")).split("\x00")]
+    lines = [line.split(" | ") for line in lines_of(markdown)]
     table = {(line[0].lstrip("| "), line[1]): line[3:] for line in lines if len(line) == 6}
     checked = 0
     for (task, _), row in rows.items():
@@ -83,7 +87,7 @@ def test_every_score_of_the_analysis_is_printed_as_it_is_in_the_results(texts: t
 
 def test_calibration_errors_have_a_band_and_a_p_value_and_no_interval(texts: tuple[str, str]) -> None:
     _, markdown = texts
-    rows = [line for line in plain(markdown.replace("\n", "\x00")).split("\x00") if " ECE, " in line and "|" in line]
+    rows = [line for line in lines_of(markdown) if " ECE, " in line and "|" in line]
     rows = [row for row in rows if row.startswith("| ") and not row.startswith("| members")]
     assert len(rows) == 3 * 5  # in the overview, and both in the section of each task with confidences
     for row in rows:
@@ -154,7 +158,7 @@ def test_the_terminal_table_fits_on_80_columns(systems: tuple[str, ...]) -> None
 
 
 def test_odd_cases_are_told_plainly(tmp_path: Path) -> None:
-    results = analysed_results(("base", "deterministic", "ensemble"), ("sst2", "rte"))
+    results = analysed_results(tasks=("rte",))
     systems = results["lora_dropout"]["systems"]
     for system in systems.values():
         one_class = choice_analysis(9, 40, signal=50.0)
@@ -174,7 +178,7 @@ def test_odd_cases_are_told_plainly(tmp_path: Path) -> None:
         assert "120 of 3,000 (ensemble of 8); their time is not counted" in text
         assert "members took" not in text  # the time of some of its answers is unknown
     assert "reliability-few" not in html and "reliability-one_class" in html and "curves-one_class" not in html
-    base = [line.split(" | ")[3] for line in plain(markdown.replace("\n", "\x00")).split("\x00") if "| rte |" in line]
+    base = [line.split(" | ")[3] for line in lines_of(markdown) if line.startswith("| rte |")]
     assert base[0].startswith("54.2") and set(base[1:]) <= {"-", base[0]}
 
 
