@@ -50,7 +50,15 @@ def shared_answers(
 def share(requests: list[Instance], rank: int, ranks: int) -> list[int]:
     """Indices of the requests that this rank answers.
 
-    Documents are dealt out in turn. A document's requests stay together: they share their context.
+    Documents are dealt out in turn. A document's requests stay together, for they share their context, and so do equal
+    documents: a request that two ranks answer beside other neighbours would have two answers, in their last bits.
     """
-    documents = itertools.groupby(range(len(requests)), key=lambda i: (requests[i].task_name, requests[i].doc_id))
-    return [index for turn, (_, indices) in enumerate(documents) for index in indices if turn % ranks == rank]
+    owners: dict[str, int] = {}
+    mine = []
+    for _, grouped in itertools.groupby(
+        range(len(requests)), key=lambda i: (requests[i].task_name, requests[i].doc_id)
+    ):
+        indices = list(grouped)
+        if owners.setdefault(repr(requests[indices[0]].args), len(owners)) % ranks == rank:
+            mine += indices
+    return mine

@@ -236,7 +236,7 @@ def test_more_new_tokens_than_the_context_holds_are_refused(adapted: Any) -> Non
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=12), ranks=st.integers(1, 5))
 def test_shares_are_whole_documents_and_cover_every_request_once(sizes: list[int], ranks: int) -> None:
     requests = [
-        Instance("loglikelihood", {}, ("a", "b"), choice, ("task", document, 1))
+        Instance("loglikelihood", {}, (str(document), str(choice)), choice, ("task", document, 1))
         for document, size in enumerate(sizes)
         for choice in range(size)
     ]
@@ -244,3 +244,10 @@ def test_shares_are_whole_documents_and_cover_every_request_once(sizes: list[int
     assert sorted(index for part in shares for index in part) == list(range(len(requests)))
     owners = [{requests[index].doc_id for index in part} for part in shares]
     assert sum(len(owner) for owner in owners) == len(sizes)
+    counts = [len(owner) for owner in owners]
+    assert max(counts) - min(counts) <= 1
+    twins = [
+        Instance("loglikelihood", {}, request.args, request.idx, ("twin", request.doc_id, 1)) for request in requests
+    ]
+    for rank, part in enumerate(shares):
+        assert share(requests + twins, rank, ranks) == part + [len(requests) + index for index in part]
