@@ -13,14 +13,12 @@ from peft import LoraConfig, PeftModel
 from eval.adapters import weights_hash
 from eval.lm.baselines import AdapterMembers, McDropoutMembers, adapter_names, further_adapters
 from eval.lm.members import MaskedMembers, Members, OneModel
+from eval.scores import SYSTEMS as SYSTEMS
 from pipeline.adapter.check import ensemble_settings, why_unmasked
 from pipeline.adapter.files import AdapterSettings, adapter_dropout, read_peft_config
 from pipeline.errors import UserError
 from pipeline.processes import world_size
 from pipeline.recipe import Recipe, schema
-
-SYSTEMS = ("base", "deterministic", "mc_dropout", "deep_ensemble", "ensemble")
-"""In the order they run; the last one that ran is what ``results.json`` reports at its top."""
 
 
 @dataclass(frozen=True)

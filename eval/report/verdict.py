@@ -66,12 +66,14 @@ def count_sentence(rows: Sequence[ScoreRow], labels: Mapping[str, str]) -> str:
         return f"The best two systems score the same on all {len(several)} tasks."
     (first, won), *others = wins
     where = f"all {len(several)} tasks" if won == len(several) else f"{won} of {len(several)} tasks"
-    text = f"{capital(labels[first])} scores best on {where}"
-    text += "".join(f", {labels[system]} on {number_of}" for system, number_of in others)
+    text = f"{the(labels[first])} scores best on {where}"
+    text += "".join(f", {the(labels[system])} on {number_of}" for system, number_of in others)
     text += f", {ties} tied" if ties else ""
     clear = sum(ahead(row) for row in several)
-    apart = "all of them" if clear == len(several) else f"{clear} of them" if clear else "none of them"
-    return f"{text}; the best interval lies clear of all others on {apart}."
+    if not clear:
+        return f"No system's interval lies clear of all others' on any task; {text}."
+    apart = "all of them" if clear == len(several) else f"{clear} of them"
+    return f"{capital(text)}; the best interval lies clear of all others on {apart}."
 
 
 def ahead(row: ScoreRow) -> bool:

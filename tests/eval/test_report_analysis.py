@@ -277,11 +277,11 @@ def row_of(scores: dict[str, tuple[float, float, float]], higher: bool = True, p
                 row_of({"deterministic": (0.7, 0.65, 0.75), "ensemble": (0.71, 0.66, 0.76)}),
                 row_of({"deterministic": (0.5, 0.4, 0.6), "ensemble": (0.5, 0.4, 0.6)}),
             ],
-            "Ensemble of 8 scores best on 2 of 3 tasks, 1 tied; the best interval lies clear of all others on 1 of",
+            "The ensemble of 8 scores best on 2 of 3 tasks, 1 tied; the best interval lies clear of all others on 1 of",
         ),
         (
             [row_of({"deterministic": (12.0, 11.5, 12.5), "ensemble": (11.0, 10.5, 11.4)}, False, False)] * 2,
-            "Ensemble of 8 scores best on all 2 tasks; the best interval lies clear of all others on all of them.",
+            "The ensemble of 8 scores best on all 2 tasks; the best interval lies clear of all others on all of them.",
         ),
         ([row_of({})], "No task gave a score."),
     ],
