@@ -2,11 +2,11 @@
 
     python evaluation_worker.py JOBS.json
 
-``JOBS.json`` is a list of ``{"recipe", "adapter", "output", "ranks", "kills", "seed", "log"}``. Each job first runs to
-its end in ``<output>/whole``. Then, in ``<output>/killed``, it is started and killed once for each number in ``kills``,
-as soon as that share of the answers is on disk; what the first kill left is cut in the middle of a line, as if it had
-come during the write, and after the second a byte is changed. At last it runs to its end. Prints, for each job, the
-sound answers, the bad lines and the system's settings before that last run.
+``JOBS.json`` is a list of ``{"recipe", "adapter", "output", "ranks", "kills", "seed", "fails", "log"}``. A job that
+``fails`` runs once, and its exit statuses are printed. Any other first runs to its end in ``<output>/whole``. Then, in
+``<output>/killed``, it is started and killed once for each number in ``kills``, as soon as that share of the answers is
+on disk; what the first kill left is cut in the middle of a line, as if it had come during the write, and after the
+second a byte is changed. At last it runs to its end. Printed are the sound answers and the bad lines before that.
 """
 
 from __future__ import annotations
@@ -64,15 +64,19 @@ def started(job: dict[str, Any], output: Path) -> list[int]:
     return children
 
 
+def statuses(children: list[int]) -> list[int]:
+    """Wait for them."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
 def finished(children: list[int]) -> None:
     """Wait for them.
 
     Raises:
         RuntimeError: one failed.
     """
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(statuses):
-        raise RuntimeError(f"exit statuses {statuses}")
+    if any(found := statuses(children)):
+        raise RuntimeError(f"exit statuses {found}")
 
 
 def files_of(output: Path) -> list[Path]:
@@ -106,10 +110,13 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     """What the last run found."""
     draw = random.Random(job["seed"])
     whole, killed = Path(job["output"]) / "whole", Path(job["output"]) / "killed"
+    if job["fails"]:
+        return {"statuses": statuses(started(job, whole))}
     finished(started(job, whole))
     for number, share in enumerate(job["kills"]):
         kill(job, killed, int(share * size(whole)))
-        file = max(files_of(killed), key=lambda file: file.stat().st_mtime_ns)
+        written = [file for file in files_of(killed) if file.stat().st_size]
+        file = max(written, key=lambda file: file.stat().st_mtime_ns)
         content = file.read_bytes()
         if number == 0:
             last = content.rstrip(b"\n").rfind(b"\n") + 1
