@@ -267,12 +267,31 @@ class LoraDropoutTrainer(SFTTrainer):
         return losses.sum() / tokens.sum().clamp(min=1), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """transformers' loop, its loss replaced by nats per trained token (its own is a mean of batch means)."""
+        """transformers' loop, its loss replaced by nats per trained token (its own is a mean of batch means).
+
+        Beside it stands its standard error over rows.
+        """
         self._evaluated.clear()
         output = super().evaluation_loop(*args, **kwargs)
-        losses, tokens = torch.cat(self._evaluated).double().sum(dim=0).tolist()
+        loss, stderr = loss_per_token(torch.cat(self._evaluated).double())
         prefix = kwargs.get("metric_key_prefix", "eval")
-        return output._replace(metrics={**(output.metrics or {}), f"{prefix}_loss": losses / tokens})
+        metrics = {f"{prefix}_loss": loss} | ({} if stderr is None else {f"{prefix}_loss_stderr": stderr})
+        return output._replace(metrics={**(output.metrics or {}), **metrics})
+
+
+def loss_per_token(rows: torch.Tensor) -> tuple[float, float | None]:
+    """Nats per token and its standard error, that of a ratio of sums over rows (delta method); None with one row.
+
+    Args:
+        rows: ``(rows, 2)`` float64: summed loss and number of trained tokens of each.
+    """
+    losses, tokens = rows.unbind(dim=1)
+    loss = losses.sum() / tokens.sum()
+    if len(rows) == 1:
+        return float(loss), None
+    residuals = losses - loss * tokens
+    variance = len(rows) / (len(rows) - 1) * (residuals**2).sum()
+    return float(loss), float(variance.sqrt() / tokens.sum())
 
 
 def _laid_out(rows: Dataset, recipe: Recipe) -> Dataset:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.numbers import number
+from eval.numbers import NORMAL_95, number
 
 LEVEL = 0.01  # a rise of validation loss by less than this part of its minimum is called level
 
@@ -32,6 +32,8 @@ class Evaluation:
     step: int
     validation: float
     probe: float | None
+    gap_stderr: float | None = None
+    """Of their difference, over rows: two independent sets of them."""
 
 
 def finite(value: Any) -> float | None:
@@ -45,7 +47,10 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
     for line in history:
         validation, probe = finite(line.get("validation_loss")), finite(line.get("probe_loss"))
         if validation is not None:
-            by_step[int(line["step"])] = Evaluation(int(line["step"]), validation, probe)
+            stderrs = [finite(line.get(f"{name}_loss_stderr")) for name in ("validation", "probe")]
+            known = [stderr for stderr in stderrs if stderr is not None]
+            gap_stderr = math.hypot(*known) if len(known) == 2 else None
+            by_step[int(line["step"])] = Evaluation(int(line["step"]), validation, probe, gap_stderr)
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -76,7 +81,11 @@ def gap_sentence(last: Evaluation) -> str:
     if last.probe is None:
         return f"{text}; no training probe was measured, so there is no gap."
     gap = last.validation - last.probe
-    text = f"{text}, {number(gap, 3, sign=True)} against a fixed training probe (the generalisation gap)"
+    interval = ""
+    if last.gap_stderr is not None:
+        low, high = (number(gap + sign * NORMAL_95 * last.gap_stderr, 3, sign=True) for sign in (-1, 1))
+        interval = f"; 95 % interval over rows {low} to {high}"
+    text = f"{text}, {number(gap, 3, sign=True)} against a fixed training probe (the generalisation gap{interval})"
     return f"{text}. It is negative where the validation rows happen to be easier." if gap < 0 else f"{text}."
 
 
@@ -116,10 +125,8 @@ def training_loss_sentences(history: Sequence[Mapping[str, Any]], measured: Sequ
         "The loss of training batches is taken while the weights move, masks on; only probe and "
         "validation (masks off, same checkpoint) compare with each other."
     ]
-    if any(one.probe is not None for one in measured):
-        sentences.append(
-            "The log keeps the mean losses only, not those of single rows, so the gap stands without an interval."
-        )
+    if any(one.probe is not None and one.gap_stderr is None for one in measured):
+        sentences.append("The log has no standard errors of the losses, so the gap stands without an interval.")
     if not measured:
         sentences.append(
             "No validation rows were held out: there is no validation loss and no gap, and overfitting "

@@ -17,7 +17,7 @@ from scipy.stats import norm
 from eval import scores
 from eval.numbers import duration
 from eval.report import write_report
-from eval.report.overfitting import Evaluation, loss_sentences
+from eval.report.overfitting import Evaluation, evaluations, loss_sentences, training_loss_sentences
 from eval.score_table import score_table
 from pipeline.errors import UserError
 
@@ -298,3 +298,13 @@ def test_digits(value: float, stderr: float | None, percent: bool, text: str) ->
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_gap_has_an_interval_where_the_log_has_standard_errors() -> None:
+    line = {"step": 5, "validation_loss": 2.0, "probe_loss": 1.5}
+    known = {**line, "validation_loss_stderr": 0.03, "probe_loss_stderr": 0.04}  # 1.96 x 0.05 = 0.098
+    assert "+0.500 against a fixed training probe (the generalisation gap)" in loss_sentences(evaluations([line]))[0]
+    interval = "(the generalisation gap; 95 % interval over rows +0.402 to +0.598)"
+    assert interval in loss_sentences(evaluations([known]))[0]
+    assert "stands without an interval" in " ".join(training_loss_sentences([line], evaluations([line])))
+    assert "stands without an interval" not in " ".join(training_loss_sentences([known], evaluations([known])))

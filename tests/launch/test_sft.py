@@ -97,6 +97,7 @@ def test_every_launcher_trains_and_writes_the_run(repository: Path, recipe: Path
     assert [line["step"] for line in history if "loss" in line] == [1, 2]
     (measured,) = [line for line in history if "validation_loss" in line]
     assert measured["generalization_gap"] == measured["validation_loss"] - measured["probe_loss"]
+    assert measured["validation_loss_stderr"] > 0 and measured["probe_loss_stderr"] > 0
     assert all(line["tokens_per_second"] > 0 and line["peak_memory_bytes"] > 1e6 for line in history if "loss" in line)
     assert any((folder / "runs").rglob("events.out.tfevents.*"))
 

@@ -17,6 +17,7 @@ from pipeline.progress import plain_words
 from pipeline.recipe import load_recipe
 from pipeline.step_norms import StepNorms
 from pipeline.train import train
+from pipeline.trainer import loss_per_token
 
 RECIPE = """
 name: log
@@ -81,3 +82,14 @@ def test_step_norms_are_those_of_each_step() -> None:
     assert norms.averages(8.0) == {}  # since the last call
     norms.gradient(1.0)
     assert norms.averages(max_grad_norm=0.0) == {}  # nothing is clipped
+
+
+def test_the_standard_error_of_a_loss_is_that_of_rows_drawn_again() -> None:
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 40, (400,), generator=draw).double()
+    rows = torch.stack([tokens * (1 + torch.rand(400, generator=draw)), tokens], dim=1)
+    loss, stderr = loss_per_token(rows)
+    assert loss == pytest.approx(float(rows[:, 0].sum() / rows[:, 1].sum()))
+    again = rows[torch.randint(400, (4000, 400), generator=draw)].sum(dim=1)
+    assert stderr == pytest.approx(float((again[:, 0] / again[:, 1]).std()), rel=0.06)
+    assert loss_per_token(rows[:1]) == (float(rows[0, 0] / rows[0, 1]), None)
