@@ -69,7 +69,7 @@ def trainings(output: Path) -> list[Job]:
     names = [(kind, seed) for seed in SEEDS for kind in ("masks", "lora")] + [("input-dropout", 0)]
     return [
         Job(
-            f"{kind}-{seed}",
+            f"train-{kind}-{seed}",
             [
                 *(sys.executable, "launch/sft.py", f"recipes/calibration/{RECIPES[kind]}"),
                 *(f"name={kind}-{seed}", f"seed={seed}", f"output={output / 'runs'}"),
@@ -93,7 +93,7 @@ def evaluations(output: Path) -> list[Job]:
             *("--adapter", str(adapter or output / "runs" / f"{kind}-{seed}")),
             *("--output", str(output / "evaluations")),
         ]
-        return Job(name, command, output / "evaluations" / name / "latest")
+        return Job(f"evaluate-{name}", command, output / "evaluations" / name / "latest")
 
     others = json.dumps([str(output / "runs" / f"lora-{seed}") for seed in SEEDS[1:]])
     learned = f"eval.tasks=[{', '.join(LEARNED)}]"
@@ -139,7 +139,7 @@ def comparisons(output: Path) -> list[Job]:
         folder = output / "comparisons" / name
         tested = [part for task in tasks for part in ("--task", task, "--primary", f"{task}={metric}")]
         command = [sys.executable, "launch/compare.py", *arguments, *tested, "--output", str(folder)]
-        return Job(name, command, folder / "comparison.json")
+        return Job(f"compare-{name}", command, folder / "comparison.json")
 
     results = output / "evaluations"
     systems = {

@@ -29,7 +29,7 @@ KEPT = ("acc", "nll", "calibrated_nll", "brier", "auroc", "overconfidence")
 """Metrics in results.json."""
 SYSTEMS = (
     ("base", "masks-0", "base"),
-    ("plain LoRA, 6 epochs", "lora-0", "deterministic"),
+    ("plain LoRA, at the end", "lora-0", "deterministic"),
     ("plain LoRA, stopped early", "lora-early-0", "deterministic"),
     ("plain LoRA, deep ensemble of 5", "deep-ensemble", "deep_ensemble"),
     ("input dropout, one pass", "mc-dropout", "deterministic"),
@@ -162,7 +162,7 @@ def tables(output: Annotated[Path, typer.Option()] = Path("outputs/calibration")
     }
     (HERE / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
     print(f"mask seeds: the adapter's and {MASK_SEEDS}")
-    print("\n**Loss**\n\n" + table(["run", "rows", *(f"epoch {n}" for n in range(1, 7))], held_out_rows(output)))
+    print("\n**Loss**\n\n" + table(["run", "rows", *(f"epoch {n}" for n in range(1, 11))], held_out_rows(output)))
     header = ["system", "accuracy, %", "NLL", "NLL, own temperature", "ECE, % (if calibrated)"]
     for task in TASKS:
         print(f"\n**{NAMES[task]}**\n\n" + table(header, system_rows(found, task)))
