@@ -1,10 +1,12 @@
-"""Loggers of libraries, where what they say is not for the user."""
+"""Loggers of libraries, where what they say is not for the user, and a progress bar like theirs."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from tqdm import tqdm
 
 
 @contextmanager
@@ -17,3 +19,8 @@ def quiet(logger_name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def progress_bar(total: int, done: int, what: str, disable: bool) -> tqdm:
+    """With the time left, as lm-eval draws its own."""
+    return tqdm(total=total, initial=done, desc=f"Computing {what}", disable=disable)

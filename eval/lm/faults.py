@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from lm_eval.api.instance import Instance
 from transformers import LogitsProcessor
@@ -43,6 +46,17 @@ class FiniteScores(LogitsProcessor):
         if broken.any():
             raise NotFinite(int(broken.nonzero()[0]))
         return scores
+
+
+def check_finite(requests: Sequence[Instance], scores: Sequence[float]) -> None:
+    """One score for each request.
+
+    Raises:
+        UserError: one is NaN or infinite.
+    """
+    for request, score in zip(requests, scores, strict=True):
+        if not math.isfinite(score):
+            raise not_finite(request)
 
 
 def not_finite(request: Instance) -> UserError:

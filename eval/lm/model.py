@@ -23,13 +23,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from eval.lm.average import RunningAverage
 from eval.lm.batches import TokenRequest, batch_keys, generation_batches, generation_keys, sampled, stock_batches
 from eval.lm.decode import EnsembleDecoder
-from eval.lm.faults import FiniteScores, NotFinite, TooLong, not_finite, too_long
+from eval.lm.faults import FiniteScores, NotFinite, TooLong, check_finite, not_finite, too_long
 from eval.lm.generated import generated_record
 from eval.lm.layout import truncated
 from eval.lm.members import Members, OneModel, passes
@@ -37,7 +36,7 @@ from eval.lm.records import GeneratedRecord, RequestRecord, ScoredRecord
 from eval.lm.score import Scorer
 from eval.lm.sharing import shared_answers
 from eval.lm.store import AnswerStore, request_key
-from eval.logs import quiet
+from eval.logs import progress_bar, quiet
 from pipeline.errors import UserError
 
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 16384}
@@ -169,9 +168,7 @@ class EnsembleLM(HFLM):
             raise not_finite(requests[error.request]) from error
         except TooLong as error:
             raise too_long(requests[error.request], error.tokens, self.max_length) from error
-        for request, (score, _) in zip(requests, answers, strict=True):
-            if not math.isfinite(score):
-                raise not_finite(request)
+        check_finite(requests, [score for score, _ in answers])
         records: list[Any] = self._latest if self.mode == "fast" else [None] * len(answers)
         return list(zip(answers, records, strict=True))
 
@@ -179,9 +176,7 @@ class EnsembleLM(HFLM):
         """In mode fast all windows of all texts are scored together; lm-eval would pad batches of them as they come."""
         if self.mode == "exact":
             totals = super().loglikelihood_rolling(requests, disable_tqdm)
-            for request, total in zip(requests, totals, strict=True):
-                if not math.isfinite(total):
-                    raise not_finite(request)
+            check_finite(requests, totals)
             return [(total, None) for total in totals]
         windows: list[TokenRequest] = []
         texts: list[int] = []
@@ -197,7 +192,7 @@ class EnsembleLM(HFLM):
         zeros = [0.0] * self.members.count
         totals_of = [ScoredRecord(zeros, zeros, True, 0, 0, math.inf) for _ in requests]
         for number, record in zip(texts, self._latest, strict=True):
-            totals_of[number] = _sum(totals_of[number], record)
+            totals_of[number] = totals_of[number].followed_by(record)
         found = [replace(record, least_gap=0.0) if record.tokens == 0 else record for record in totals_of]
         return [(record.running[-1], record) for record in found]
 
@@ -234,7 +229,7 @@ class EnsembleLM(HFLM):
             on_disk = {index: self.store.get(key) for index, key in enumerate(keys)}
             found = {index: record for index, record in on_disk.items() if isinstance(record, ScoredRecord)}
         self.kept += len(found)
-        with _progress(len(requests), len(found), "log-likelihoods", disable_tqdm) as bar:
+        with progress_bar(len(requests), len(found), "log-likelihoods", disable_tqdm) as bar:
             for batch in self._scorer.scores([request for request, _ in cut], frozenset(found)):
                 new = {
                     index: ScoredRecord(
@@ -267,7 +262,7 @@ class EnsembleLM(HFLM):
         keys = batch_keys([request_key("loglikelihood", part.context, part.continuation) for part, _ in cut], batches)
         self.kept += sum(store.get(key) is not None for key in keys)
         found: dict[int, tuple[float, bool]] = {}
-        with _progress(len(requests), 0, "log-likelihoods", disable_tqdm) as bar:
+        with progress_bar(len(requests), 0, "log-likelihoods", disable_tqdm) as bar:
             for batch in batches:
                 records = {index: store.get(keys[index]) for index in batch}
                 kept = {i: (r.running[-1], r.greedy) for i, r in records.items() if isinstance(r, ScoredRecord)}
@@ -326,7 +321,7 @@ class EnsembleLM(HFLM):
                 on_disk = {index: self.store.get(key) for index, key in enumerate(keys)}
                 found = {index: record for index, record in on_disk.items() if isinstance(record, GeneratedRecord)}
             self.kept += len(found)
-            with _progress(len(requests), len(found), "generated answers", disable_tqdm) as bar:
+            with progress_bar(len(requests), len(found), "generated answers", disable_tqdm) as bar:
                 for batch in batches:
                     if not found.keys() >= set(batch):
                         part = [requests[index] for index in batch]
@@ -400,20 +395,3 @@ class EnsembleLM(HFLM):
                 "the adapter does not change the model: its logits are those of the base on a test prompt.\n"
                 "It was not trained (B is still zero), its weights were not found, or it belongs to another base."
             )
-
-
-def _progress(total: int, done: int, what: str, disable: bool) -> tqdm:
-    """A bar with the time left, as lm-eval draws its own."""
-    return tqdm(total=total, initial=done, desc=f"Computing {what}", disable=disable)
-
-
-def _sum(left: ScoredRecord, right: ScoredRecord) -> ScoredRecord:
-    """Two windows of one text."""
-    return ScoredRecord(
-        running=[a + b for a, b in zip(left.running, right.running, strict=True)],
-        members=[a + b for a, b in zip(left.members, right.members, strict=True)],
-        greedy=left.greedy and right.greedy,
-        tokens=left.tokens + right.tokens,
-        truncated=left.truncated + right.truncated,
-        least_gap=min(left.least_gap, right.least_gap),
-    )

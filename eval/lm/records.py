@@ -26,6 +26,17 @@ class ScoredRecord:
     least_gap: float
     """The smallest Jensen gap of any token, mean over members of its loss minus the ensemble's loss, in nats."""
 
+    def followed_by(self, other: ScoredRecord) -> ScoredRecord:
+        """Of both continuations together, e.g. two windows of one text."""
+        return ScoredRecord(
+            running=[a + b for a, b in zip(self.running, other.running, strict=True)],
+            members=[a + b for a, b in zip(self.members, other.members, strict=True)],
+            greedy=self.greedy and other.greedy,
+            tokens=self.tokens + other.tokens,
+            truncated=self.truncated + other.truncated,
+            least_gap=min(self.least_gap, other.least_gap),
+        )
+
 
 @dataclass(frozen=True)
 class GeneratedRecord:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import tiny_model
+from tiny_models import tiny_model, with_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.lora_dropout import LoraDropout
@@ -70,6 +70,17 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     tiny_model("llama, grouped queries").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model() -> PeftModel:
+    """A tiny LLaMA with grouped queries and a random adapter."""
+    return with_adapter(tiny_model("llama, grouped queries"))
+
+
+@pytest.fixture(scope="session")
+def dropout(model: PeftModel) -> LoraDropout:
+    return LoraDropout(model, RATE, SEED)
 
 
 WORDS = ["the", "old", "dog", "house", "river", "walked", "slowly", "saw", "her", "letter", "under", "white", "never"]
