@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,14 @@ def model() -> PeftModel:
 @pytest.fixture(scope="session")
 def dropout(model: PeftModel) -> LoraDropout:
     return LoraDropout(model, RATE, SEED)
+
+
+@pytest.fixture
+def frozen_heap() -> Iterator[None]:
+    """The search for an automatic batch size collects garbage at every step, half a second each after all imports."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 WORDS = ["the", "old", "dog", "house", "river", "walked", "slowly", "saw", "her", "letter", "under", "white", "never"]

@@ -182,6 +182,7 @@ def test_one_row_of_one_member_that_does_not_fit_is_out_of_memory(
         scored(fast(model, tokenizer, masked(dropout)))
 
 
+@pytest.mark.usefixtures("frozen_heap")
 def test_the_automatic_batch_size_counts_members(
     model: PeftModel, dropout: LoraDropout, tokenizer: PreTrainedTokenizerBase
 ) -> None:

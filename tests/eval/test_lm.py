@@ -66,6 +66,7 @@ def test_without_an_ensemble_every_answer_is_stock_lm_evals(
     assert found == expected  # bit for bit
 
 
+@pytest.mark.usefixtures("frozen_heap")
 @pytest.mark.parametrize(
     ("storage", "batch_size"),
     [
