@@ -22,6 +22,7 @@ from eval.adapters import check_base, check_deep_ensemble
 from eval.analysis.analyse import analyse
 from eval.lm import EnsembleLM
 from eval.lm.settings import answer_settings
+from eval.lm.sharing import total
 from eval.lm.store import AnswerStore
 from eval.prompt import TrainingPrompt
 from eval.results import SystemScores, add_records, add_stderrs, our_section, write_folder
@@ -167,7 +168,8 @@ def system_scores(lm: EnsembleLM, tasks: list[Task | Group], section: schema.Eva
         add_stderrs(results, samples, tasks)
         add_records(samples, lm, tasks)
         analysis = analyse(samples, results)
-    return SystemScores(results, samples, lm.requests, lm.seconds, peak, lm.mode, lm.kept, analysis)
+    kept = total(lm.kept, lm.group)
+    return SystemScores(results, samples, lm.requests, lm.seconds, peak, lm.mode, kept, analysis)
 
 
 @contextmanager

@@ -47,6 +47,15 @@ def shared_answers(
     return [answer for _, answer in sorted(itertools.chain(*(part for part, _ in gathered)), key=lambda pair: pair[0])]
 
 
+def total(number: int, group: dist.ProcessGroup | None) -> int:
+    """The sum of every process's number; every process calls this."""
+    if group is None:
+        return number
+    numbers = [0] * dist.get_world_size(group)
+    dist.all_gather_object(numbers, number, group=group)
+    return sum(numbers)
+
+
 def share(requests: list[Instance], rank: int, ranks: int) -> list[int]:
     """Indices of the requests that this rank answers.
 
