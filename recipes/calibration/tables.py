@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # python puts this folder first
 
 import typer
-from study import LEARNED, MASK_SEEDS, SEEDS, TASKS
+from study import MASK_SEEDS, SEEDS, TASKS
 
 from launch.command import run_command
 
@@ -31,7 +31,7 @@ SYSTEMS = (
     ("base", "masks-0", "base"),
     ("plain LoRA, at the end", "lora-0", "deterministic"),
     ("plain LoRA, stopped early", "lora-early-0", "deterministic"),
-    ("plain LoRA, deep ensemble of 5", "deep-ensemble", "deep_ensemble"),
+    ("plain LoRA, deep ensemble of 3", "deep-ensemble", "deep_ensemble"),
     ("input dropout, one pass", "mc-dropout", "deterministic"),
     ("input dropout, Monte Carlo of 8", "mc-dropout", "mc_dropout"),
     ("LoRA Dropout, masks off", "masks-0", "deterministic"),
@@ -93,19 +93,6 @@ def system_rows(found: Mapping[str, Any], task: str) -> Iterator[list[str]]:
             yield [name, *metrics, ece(analysis)]
 
 
-def method_rows(comparison: Mapping[str, Any], metric: str) -> Iterator[list[str]]:
-    """Differences of methods over seeds, in one metric."""
-    for one in comparison["method_differences"]:
-        if one["metric"] != metric or one["part_of_group"] or one["task"] not in NAMES or one["difference"] is None:
-            continue
-        factor, digits = (100, 1) if one["percent"] else (1, 3)
-        values = [one[key] * factor for key in ("first_mean", "second_mean", "difference", "low", "high")]
-        first, second, difference, low, high = (f"{value:.{digits}f}" for value in values)
-        adjusted = "-" if one["adjusted_p"] is None else f"{one['adjusted_p']:.2g}"
-        pair = f"{one['second']} - {one['first']}"
-        yield [NAMES[one["task"]], pair, second, first, f"{difference} ({low} to {high})", adjusted]
-
-
 def adapter_rows(comparison: Mapping[str, Any]) -> Iterator[list[str]]:
     """Differences of seed 0's adapters, in the tested metric."""
     for task in comparison["tasks"]:
@@ -117,8 +104,8 @@ def adapter_rows(comparison: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def curve_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Seed 0's ensemble on the learned task after 1, 2, ... members."""
-    for point in found["masks-0"]["ensemble"][LEARNED[0]]["curve"]:
+    """Seed 0's ensemble on ARC-easy after 1, 2, ... members."""
+    for point in found["masks-0"]["ensemble"]["local_arc_easy"]["curve"]:
         scores = point["scores"]
         yield [
             str(point["members"]),
@@ -162,24 +149,21 @@ def tables(output: Annotated[Path, typer.Option()] = Path("outputs/calibration")
     }
     (HERE / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
     print(f"mask seeds: the adapter's and {MASK_SEEDS}")
-    print("\n**Loss**\n\n" + table(["run", "rows", *(f"epoch {n}" for n in range(1, 11))], held_out_rows(output)))
+    print("\n**Loss**\n\n" + table(["run", "rows", *(f"epoch {n}" for n in range(1, 7))], held_out_rows(output)))
     header = ["system", "accuracy, %", "NLL", "NLL, own temperature", "ECE, % (if calibrated)"]
     for task in TASKS:
         print(f"\n**{NAMES[task]}**\n\n" + table(header, system_rows(found, task)))
     print("\n**Curve**\n\n" + table(["members", "accuracy, %", "NLL", "own temperature", "ECE, %"], curve_rows(found)))
+    pairs = ["task", "pair", "difference", "adjusted p"]
     for name, rows_of, columns in (
-        ("adapters", adapter_rows, ["task", "pair", "NLL", "adjusted p"]),
+        ("adapters", adapter_rows, pairs),
+        ("adapters-calibrated", adapter_rows, pairs),
+        ("adapters-seed-1", adapter_rows, pairs),
         ("mask-seeds", noise_rows, ["task", "metric", "by mask seed", "standard deviation"]),
     ):
         file = output / "comparisons" / name / "comparison.json"
         if file.exists():
             print(f"\n**{name}**\n\n" + table(columns, rows_of(json.loads(file.read_text()))))
-    for name, metrics in (("methods", ("nll", "acc")), ("methods-calibrated", ("calibrated_nll",))):
-        file = output / "comparisons" / name / "comparison.json"
-        for metric in metrics if file.exists() else ():
-            rows = method_rows(json.loads(file.read_text()), metric)
-            columns = ["task", "pair", "second", "first", "difference", "adjusted p"]
-            print(f"\n**{name}, {metric}**\n\n" + table(columns, rows))
 
 
 if __name__ == "__main__":
