@@ -103,7 +103,7 @@ def choice_curve(answers: ChoiceAnswers, folds: Ints) -> list[CurvePoint]:
 
 def _two_class_scores(answers: ChoiceAnswers, picked: Ints) -> dict[str, Score]:
     """F1 and Matthews correlation of choice 1 against choice 0, where lm-eval scores the task by them."""
-    if max(answers.gold.max(), picked.max()) > 1 or len(np.unique(answers.strata)) > 1:
+    if answers.loglikelihoods.shape[1] != 2 or len(np.unique(answers.strata)) > 1:
         return {}
     found = {
         "f1": Score(weighted.f1, (picked, answers.gold), True, percent=True),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from eval.compare.flips import right_answers
 from eval.compare.paired import read_material
 from eval.compare.runs import Run, Unit, read_run, units
@@ -136,7 +134,7 @@ def pilot_discordances(
 
     Raises:
         UserError: one of the compared runs is in the pilot: power from the data that are tested says no more than
-            their p-value; the pilot has none of the tasks.
+            their p-value; the pilot's two runs were asked different things, or have none of the tasks.
     """
     pilot = [read_run(argument) for argument in arguments]
     compared = {run.identity: run.label for run in runs}
@@ -152,9 +150,14 @@ def pilot_discordances(
     for task, metric in accuracies.items():
         if all(task in of_run for of_run in known):
             answers = [read_material(run, [known[0][task]]).units[task].answers for run in pilot]
-            right = [right_answers(one, metric) for one in answers if one is not None]
-            if len(right) == 2 and right[0] is not None and right[1] is not None and len(right[0]) == len(right[1]):
-                found[task] = pilot_discordance(np.asarray(right[0]), np.asarray(right[1]))
+            if answers[0].request_hashes != answers[1].request_hashes:
+                raise UserError(
+                    f"--pilot: {arguments[0]} and {arguments[1]} answered other documents or prompts of {task}; give "
+                    "two runs with equal tasks, eval.limit, eval.num_fewshot and eval.prompt"
+                )
+            first, second = (right_answers(one, metric) for one in answers)
+            if first is not None and second is not None:
+                found[task] = pilot_discordance(first, second)
     if not found:
         raise UserError(f"--pilot: {arguments[0]} and {arguments[1]} share no task of {listed(list(accuracies))}")
     return found

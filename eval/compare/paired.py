@@ -187,7 +187,7 @@ def one_difference(
         found, test = None, ""
         if each[0] is not None and each[1] is not None and (primary or mine.right is not None):
             found = sign_flip(each[1] - each[0], first.answers.clusters)
-            test = test_words("sign flips", found, first)
+            test = test_words("sign flips", found, first, " that differ")
         elif primary:
             found = swap_test(side_by_side(theirs, mine), first.answers.clusters)
             test = "no test: a run has no score" if found is None else test_words("swapped answers", found, first)
@@ -215,8 +215,8 @@ def discordant(mine: Score, theirs: Score) -> tuple[int, int]:
     return int((first & ~second).sum()), int((~first & second).sum())
 
 
-def test_words(name: str, found: PairedTest, material: UnitMaterial) -> str:
+def test_words(name: str, found: PairedTest, material: UnitMaterial, which: str = "") -> str:
     """``sign flips of the 12 clusters that differ, all 4,096 patterns``."""
     units = "documents" if independent(material) else "clusters"
     how = f"all {found.patterns:,} patterns" if found.exact else f"{found.patterns:,} random patterns"
-    return f"{name} of the {found.units:,} {units} that differ, {how}"
+    return f"{name} of the {found.units:,} {units}{which}, {how}"

@@ -99,7 +99,7 @@ class EnsembleLM(HFLM):
         self._scorer: Scorer | None = None
         self._latest: list[ScoredRecord] = []
         self.records: dict[tuple[str | None, int | None, int], RequestRecord] = {}
-        """By task, document and index of the request; of mode fast only."""
+        """By task, document and index of the request; of mode fast only. Of a repeated request: its first answer."""
         self.requests = 0
         """Answered so far, by all processes."""
         self.kept = 0
@@ -151,9 +151,11 @@ class EnsembleLM(HFLM):
         found = shared_answers(answers, requests, disable_tqdm, self.group)
         self.seconds += time.perf_counter() - started
         self.requests += len(requests)
+        records: dict[tuple[str | None, int | None, int], RequestRecord] = {}
         for request, (_, record) in zip(requests, found, strict=True):
-            if record is not None:
-                self.records[request.task_name, request.doc_id, request.idx] = record
+            if record is not None:  # of repeats the first is the text that samples show first
+                records.setdefault((request.task_name, request.doc_id, request.idx), record)
+        self.records |= records
         return [answer for answer, _ in found]
 
     # Log-likelihoods

@@ -27,7 +27,8 @@ class PairedTest:
 
     p_value: float
     units: int
-    """Clusters (documents) on which the runs differ at all: the others say nothing."""
+    """Clusters (documents) whose signs are flipped: those on which the runs differ at all, for the others say nothing.
+    Of a swap test all clusters."""
     patterns: int
     """Sign patterns tried."""
     exact: bool

@@ -37,17 +37,6 @@ def minimum_detectable_effect(documents: int, discordance: float) -> float:
     return standard_errors_apart() * math.sqrt(discordance / documents)
 
 
-def documents_needed(effect: float, discordance: float) -> int:
-    """Documents whose minimum detectable effect is ``effect``: d (2.8 / effect)^2, rounded up.
-
-    Raises:
-        ValueError: an effect that is not between 0 and the discordance.
-    """
-    if not 0 < effect <= discordance <= 1:
-        raise ValueError(f"an effect above 0 and up to the discordance expected; found {effect} of {discordance}.")
-    return math.ceil(discordance * (standard_errors_apart() / effect) ** 2)
-
-
 def pilot_discordance(first_correct: ArrayLike, second_correct: ArrayLike) -> float:
     """Share of a pilot's documents on which the runs' right answers ``(D,)`` differ."""
     return float(np.mean(np.asarray(first_correct, dtype=bool) != np.asarray(second_correct, dtype=bool)))

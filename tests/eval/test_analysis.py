@@ -83,6 +83,12 @@ def test_f1_and_matthews_are_scikit_learns_where_the_task_is_scored_by_them() ->
     assert "f1" not in analysed(choice_samples(30, 1, seed=2, metrics=("acc",), choices=2)).metrics
 
 
+def test_f1_of_three_choices_is_lm_evals_though_few_documents_show_only_two() -> None:
+    """CommitmentBank's is a mean over three classes, also where a limit leaves documents of two."""
+    samples = [choice_sample(n, -np.ones((1, 3)) + np.eye(3)[n % 2], n % 2, ("acc", "f1")) for n in range(8)]
+    assert "f1" not in analysed(samples).metrics
+
+
 def test_overconfident_members_are_found_out_and_a_temperature_mends_them() -> None:
     found = analysed(choice_samples(800, 2, seed=3, sharpness=4))
     assert found.temperature is not None and found.ece is not None

@@ -19,6 +19,7 @@ from sklearn.metrics import matthews_corrcoef
 from eval.compare import words
 from eval.compare.run import Declared, compare_adapters, compare_masks, compare_methods
 from eval.compare.schema import Comparison
+from pipeline.errors import UserError
 
 
 def read(folder: Path) -> Comparison:
@@ -217,6 +218,7 @@ def test_an_override_changes_the_test_and_says_so(pair: tuple[Path, Path], tmp_p
     (task,) = comparison.tasks
     assert task.in_family, "asked for by name"
     assert task.differences[0].metric == "auroc" and "swapped answers" in task.differences[0].test
+    assert "that differ" not in task.differences[0].test, "all documents are swapped, equal ones too"
     assert comparison.family is not None and "Stated by --primary: part_a=auroc" in comparison.family.rule
     assert comparison.detectable == [], "a statement about accuracies only"
     accuracy = next(found for found in task.differences if found.metric == "acc")
@@ -270,6 +272,10 @@ def test_detectable_differences(pair: tuple[Path, Path], tmp_path: Path) -> None
     declared = Declared(tasks=["part_a"], pilot=(str(tmp_path / "pilot-a"), str(tmp_path / "pilot-b")))
     (measured,) = read(compare_adapters(runs, declared, tmp_path / "3")).detectable
     assert (measured.source, measured.discordance) == ("pilot", pytest.approx(6 / 40))
+    write_run(tmp_path / "pilot-c", {"part_a": choice_samples(40, 3, 0.6)}, "c")
+    declared = Declared(tasks=["part_a"], pilot=(str(tmp_path / "pilot-a"), str(tmp_path / "pilot-c")))
+    with pytest.raises(UserError, match="answered other documents or prompts of part_a"):
+        compare_adapters(runs, declared, tmp_path / "never")
     shared = read(compare_adapters(runs, Declared(tasks=["shared"], discordance=0.5), tmp_path / "4"))
     assert not shared.detectable[0].independent and "at least" in (tmp_path / "4" / "comparison.md").read_text()
 

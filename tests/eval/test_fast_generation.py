@@ -149,6 +149,10 @@ def test_sampled_texts_are_those_of_members_run_alone(
             torch.manual_seed(int(key[:8], 16))
             assert text == naive_answer(lm, lm.tok_encode(prompt), ["\n\n"], 8, draw)[1]
     assert texts[0] != texts[1]
+    (repeated,) = requests_of("generate_until", [(prompts[0], given)])
+    drawn = lm.generate_until([repeated, repeated], disable_tqdm=True)
+    record = lm.records[repeated.task_name, repeated.doc_id, repeated.idx]
+    assert drawn == texts[:2] and record.text == drawn[0], "of repeats the first answer's record"
     before = torch.get_rng_state()
     assert generated(fast(model, tokenizer, members, batch_size=1), prompts, **sampling)[0] == texts
     assert torch.equal(torch.get_rng_state(), before), "no other random stream moves"
