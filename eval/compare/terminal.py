@@ -31,7 +31,10 @@ def terminal(comparison: Comparison) -> RenderableType:
     parts += [Text(""), *(Text(sentence) for sentence in comparison.verdict[: 1 if comparison.family else None])]
     rows = family_rows(comparison)
     for pair in dict.fromkeys(row.pair for row in rows):
-        parts += [Text(""), Text(pair, style="bold"), differences_table([r for r in rows if r.pair == pair])]
+        of_pair = [row for row in rows if row.pair == pair]
+        metrics = {row.metric for row in of_pair}
+        title = f"{pair}, {of_pair[0].metric}" if len(metrics) == 1 else pair
+        parts += [Text(""), Text(title, style="bold"), differences_table(of_pair, with_metric=len(metrics) > 1)]
     if comparison.family:
         parts.append(Text(f"Family: {comparison.family.rule}", style="dim"))
     noise = [noise_texts(one)[:MOST_NOISE] for one in comparison.mask_noise if one.in_family]
@@ -65,23 +68,22 @@ def near(folder: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else folder
 
 
-def differences_table(rows: Sequence[Row]) -> Table:
-    """The tested differences of one pair; an asterisk marks those that hold."""
-    heading = ("task", "metric", "first", "second", "change", "95 %", "p", "Holm")
+def differences_table(rows: Sequence[Row], with_metric: bool) -> Table:
+    """The tested differences of one pair; an asterisk marks those that hold. It has to fit on 80 characters."""
+    heading = ("task", *(("metric",) if with_metric else ()), "first", "second", "change", "95 %", "p, Holm")
     cells = [
         (
             row.task,
-            row.metric,
+            *((row.metric,) if with_metric else ()),
             row.first,
             row.second,
             row.difference,
             row.interval,
-            row.p,
             row.adjusted + " *" * row.shown,
         )
         for row in rows
     ]
-    return plain_table(heading, cells, left=2)
+    return plain_table(heading, cells, left=1 + with_metric)
 
 
 def plain_table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
