@@ -95,7 +95,7 @@ def evaluate(
                 training_prompt=prompt,
                 group=group,
             )
-            if recipe.eval.keep_answers:
+            if recipe.eval.keep_answers and recipe.base.quantization != "int8":  # its scores depend on batch neighbours
                 lm.store = kept_answers(recipe, adapter, evaluated, lm, output_root)
             if name != "base":
                 lm.assert_adapter_active()

@@ -8,10 +8,19 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils import Collator, normalize_gen_kwargs
 
+from eval.lm.layout import truncated
+from eval.lm.records import ScoredRecord
 from eval.lm.store import request_key
 
 TokenRequest = tuple[Any, list[int], list[int]]
 """lm-eval's: (texts, context tokens, continuation tokens)."""
+
+
+def stock_record(request: TokenRequest, answer: tuple[float, bool], max_length: int) -> ScoredRecord:
+    """lm-eval's answer of one model as a record."""
+    cut, excess = truncated(request[1], request[2], max_length)
+    score, greedy = answer
+    return ScoredRecord([score], [score], greedy, len(cut.continuation), excess, least_gap=0.0)
 
 
 def stock_batches(requests: list[TokenRequest], size: int, one_token_lookup: bool) -> list[list[int]]:

@@ -200,6 +200,8 @@ def _batch_size(named: int | str) -> int | Literal["auto"]:
 def _kept_answers(arguments: ModelArguments, evaluated: System, lm: EnsembleLM) -> AnswerStore:
     """The finished answers in the folder that ``answers=`` names."""
     assert arguments.answers is not None
+    if arguments.base.quantization == "int8":
+        raise UserError("answers: the scores of an int8 base depend on what shares a batch; leave answers= out")
     computing: dict[str, object] = {"mode": lm.mode, "max_length": lm.max_length}
     if lm.mode == "exact":
         computing["batch_size"] = lm.batch_size_per_gpu  # its bits depend on what shares a batch

@@ -26,7 +26,15 @@ from peft import PeftModel
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from eval.lm.average import RunningAverage
-from eval.lm.batches import TokenRequest, batch_keys, generation_batches, generation_keys, sampled, stock_batches
+from eval.lm.batches import (
+    TokenRequest,
+    batch_keys,
+    generation_batches,
+    generation_keys,
+    sampled,
+    stock_batches,
+    stock_record,
+)
 from eval.lm.decode import EnsembleDecoder
 from eval.lm.faults import FiniteScores, NotFinite, TooLong, check_finite, not_finite, too_long
 from eval.lm.generated import generated_record
@@ -171,8 +179,9 @@ class EnsembleLM(HFLM):
         except TooLong as error:
             raise too_long(requests[error.request], error.tokens, self.max_length) from error
         check_finite(requests, [score for score, _ in answers])
-        records: list[Any] = self._latest if self.mode == "fast" else [None] * len(answers)
-        return list(zip(answers, records, strict=True))
+        if self.mode == "exact" and not isinstance(self.members, OneModel):
+            return [(answer, None) for answer in answers]  # lm-eval's code sees the members' average only
+        return list(zip(answers, self._latest, strict=True))
 
     def _rolling(self, requests: list[Instance], disable_tqdm: bool) -> list[tuple[float, ScoredRecord | None]]:
         """In mode fast all windows of all texts are scored together; lm-eval would pad batches of them as they come."""
@@ -201,7 +210,7 @@ class EnsembleLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Per request: log-likelihood and whether greedy; in mode fast the records are in ``_latest`` then.
+        """Per request: log-likelihood and whether greedy; the records are in ``_latest`` then.
 
         Raises:
             TooLong: a continuation does not fit (lm-eval stops at an assertion).
@@ -213,8 +222,11 @@ class EnsembleLM(HFLM):
             self._latest = self._scored(requests, disable_tqdm)
             return [(record.running[-1], record.greedy) for record in self._latest]
         if self.store is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        return self._stock_batches(requests, disable_tqdm, override_bs, self.store)
+            answers = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        else:
+            answers = self._stock_batches(requests, disable_tqdm, override_bs, self.store)
+        self._latest = [stock_record(*pair, self.max_length) for pair in zip(requests, answers, strict=True)]
+        return answers
 
     def _scored(self, requests: list[TokenRequest], disable_tqdm: bool) -> list[ScoredRecord]:
         """Mode fast: a record for each request.
@@ -274,9 +286,9 @@ class EnsembleLM(HFLM):
                     kept = dict(zip(batch, answers, strict=True))
                     store.add(
                         {
-                            keys[index]: ScoredRecord([score], [score], greedy, len(cut[index][0].continuation), 0, 0.0)
-                            for index, (score, greedy) in kept.items()
-                            if math.isfinite(score)  # the caller, who knows the request's name, stops at another
+                            keys[index]: stock_record(requests[index], answer, self.max_length)
+                            for index, answer in kept.items()
+                            if math.isfinite(answer[0])  # the caller, who knows the request's name, stops at another
                         }
                     )
                 found |= kept
@@ -313,12 +325,12 @@ class EnsembleLM(HFLM):
         Raises:
             UserError: a score is NaN or infinite.
         """
-        keys = generation_keys(requests)
+        plain = keys = generation_keys(requests)
         found: dict[int, GeneratedRecord] = {}
         with self._batch_size_found():
             batches = generation_batches(requests, self.tok_encode, self.batch_size)
-            if self.mode == "exact":
-                keys = batch_keys(keys, batches)
+            if self.mode == "exact" or any(sampled(request) for request in requests):  # drawn from the batch's seed
+                keys = batch_keys(plain, batches)
             if self.store is not None:
                 on_disk = {index: self.store.get(key) for index, key in enumerate(keys)}
                 found = {index: record for index, record in on_disk.items() if isinstance(record, GeneratedRecord)}
@@ -328,7 +340,7 @@ class EnsembleLM(HFLM):
                     if not found.keys() >= set(batch):
                         part = [requests[index] for index in batch]
                         try:
-                            records = self._generated_batch(part, seed=int(keys[batch[0]][:8], 16))
+                            records = self._generated_batch(part, seed=int(plain[batch[0]][:8], 16))
                         except NotFinite as error:
                             raise not_finite(part[error.request]) from error
                         new = {i: r for i, r in zip(batch, records, strict=True) if i not in found}

@@ -59,7 +59,8 @@ class Eval(Section):
     tokens_per_pass: int | None = Field(default=None, ge=1)
     """Most new tokens (of all members) in one forward pass of mode fast; none asks the device."""
     keep_answers: bool = True
-    """Keep finished answers on disk, so that an evaluation that was ended goes on where it stopped."""
+    """Keep finished answers on disk, so that an evaluation that was ended goes on where it stopped. Not of
+    an int8 base, whose scores depend on what shares a batch."""
     prompt: Literal["task", "training"] = "task"
     """`task`: lm-eval's own prompt. `training`: the same text as instruction in the training prompt."""
     systems: list[Literal["base", "deterministic", "ensemble", "mc_dropout", "deep_ensemble"]] = [
