@@ -127,14 +127,11 @@ def noise_rows(comparison: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def held_out_rows(output: Path) -> Iterator[list[str]]:
-    """Held-out and probe loss after each epoch, means over the seeds."""
-    for kind in ("masks", "lora"):
-        logs = [output / "runs" / f"{kind}-{seed}" / "history.jsonl" for seed in SEEDS]
-        lines = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs if log.exists()]
-        measured = [[line for line in log if "validation_loss" in line] for log in lines]
+    """Held-out and probe loss of the pairs after each epoch."""
+    for run in [f"{kind}-{seed}" for seed in SEEDS[:2] for kind in ("lora", "masks")]:
+        lines = [json.loads(line) for line in (output / "runs" / run / "history.jsonl").read_text().splitlines()]
         for key in ("validation_loss", "probe_loss"):
-            means = [sum(line[key] for line in epoch) / len(epoch) for epoch in zip(*measured, strict=True)]
-            yield [kind, key.removesuffix("_loss"), *(f"{mean:.3f}" for mean in means)]
+            yield [run, key.removesuffix("_loss"), *(f"{line[key]:.3f}" for line in lines if key in line)]
 
 
 def tables(output: Annotated[Path, typer.Option()] = Path("outputs/calibration")) -> None:
