@@ -64,6 +64,15 @@ def compact(analysis: Analysis) -> dict[str, Any]:
     return {**metrics, "ece": analysis["ece"], "temperature_folds": folds, "curve": curve}
 
 
+def rounded(value: Any) -> Any:
+    """The same with numbers of six decimals at most."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
 def table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
     """Markdown."""
     lines = [header, ["---"] * len(header), *rows]
@@ -144,7 +153,8 @@ def tables(output: Annotated[Path, typer.Option()] = Path("outputs/calibration")
         }
         for evaluation, systems in found.items()
     }
-    (HERE / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+    lines = (f"{json.dumps(name)}: {json.dumps(rounded(systems))}" for name, systems in kept.items())
+    (HERE / "results.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(f"mask seeds: the adapter's and {MASK_SEEDS}")
     print("\n**Loss**\n\n" + table(["run", "rows", *(f"epoch {n}" for n in range(1, 7))], held_out_rows(output)))
     header = ["system", "accuracy, %", "NLL", "NLL, own temperature", "ECE, % (if calibrated)"]
