@@ -38,10 +38,11 @@ def test_alpaca_recipes_differ_in_the_regulariser_only() -> None:
     ours, plain = (load_recipe(RECIPES / name) for name in ("alpaca.yaml", "alpaca-lora.yaml"))
     assert (ours.adapter.dropout.rate, ours.adapter.dropout.instances) == (0.5, 4)
     assert (plain.adapter.dropout.rate, plain.adapter.dropout.instances) == (0.0, 1)
+    assert "ensemble" in ours.eval.systems and (ours.eval.mode, plain.eval.mode) == ("auto", "fast"), "scored alike"
 
     def rest(recipe: Recipe) -> Recipe:
         adapter = recipe.adapter.model_copy(update={"dropout": None})
-        section = recipe.eval.model_copy(update={"systems": [], "ensemble": None})
+        section = recipe.eval.model_copy(update={"systems": [], "ensemble": None, "mode": "auto"})
         return recipe.model_copy(update={"name": "", "adapter": adapter, "eval": section})
 
     assert rest(ours) == rest(plain)
