@@ -190,7 +190,7 @@ def notes_on(runs: Sequence[Run]) -> list[str]:
         notes.append(f"Scored in different modes ({said}): in 16 bits a part of the difference may be rounding.")
     limits = {run.ours.get("limit") for run in runs}
     if limits != {None}:
-        notes.append(f"First {limits.pop()} documents of each task only (eval.limit): a trial, not a benchmark result.")
+        notes.append(f"Of each task at most {limits.pop()} documents (eval.limit): a trial, not a benchmark result.")
     same = [run.label for run in runs if [other.identity for other in runs].count(run.identity) > 1]
     if same:
         notes.append(f"{listed(same)} are the same answers of one evaluation.")
