@@ -97,6 +97,9 @@ def evaluate(
             )
             if recipe.eval.keep_answers and recipe.base.quantization != "int8":  # its scores depend on batch neighbours
                 lm.store = kept_answers(recipe, adapter, evaluated, lm, output_root)
+                if lm.store.corrupt:
+                    lines = len(lm.store.corrupt)
+                    warnings.append(f"Kept answers ({name}): {lines} damaged or cut off, and computed again.")
             if name != "base":
                 lm.assert_adapter_active()
             if progress and is_main():
@@ -140,7 +143,7 @@ def kept_answers(recipe: Recipe, adapter: Path, evaluated: System, lm: EnsembleL
     settings = answer_settings(recipe.base, adapters, evaluated.identity, computing, lm.device)
     store = AnswerStore.open(output_root / recipe.name / ANSWERS, settings)
     for line in store.corrupt:
-        print(f"warning: kept answers: {line}; they are computed again", flush=True)
+        print(f"warning: kept answers: {line}; what it held is computed again", flush=True)
     return store
 
 

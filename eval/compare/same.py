@@ -77,7 +77,7 @@ def common_units(runs: Sequence[Run], tasks: Sequence[str]) -> list[Unit]:
             if len(known) > len(common)
         ]
         whole = [name for name in common if first[name].in_family]
-        asked = " ".join(f"--task {name}" for name in whole)
+        asked = " ".join(f"--task {name}" for name in whole or common)
         raise UserError(
             "\n".join(["These runs have different tasks.", *lines, f"What all have is compared by {asked}"])
         )
