@@ -21,13 +21,12 @@ from transformers.integrations import unset_hf_deepspeed_config
 from eval.adapters import check_base, check_deep_ensemble
 from eval.analysis.analyse import analyse
 from eval.lm import EnsembleLM
-from eval.lm.settings import answer_settings
+from eval.lm.kept import kept_answers
 from eval.lm.sharing import total
-from eval.lm.store import AnswerStore
 from eval.prompt import TrainingPrompt
 from eval.results import SystemScores, add_records, add_stderrs, our_section, write_folder
 from eval.score_table import score_table
-from eval.systems import System, description, mask_settings, members_record, mode_of, system, systems_of
+from eval.systems import description, mask_settings, members_record, mode_of, system, systems_of
 from eval.tasks import load_tasks
 from pipeline.adapter.check import check_adapter, check_settings
 from pipeline.adapter.files import load_adapter, read_settings
@@ -96,7 +95,9 @@ def evaluate(
                 group=group,
             )
             if recipe.eval.keep_answers and recipe.base.quantization != "int8":  # its scores depend on batch neighbours
-                lm.store = kept_answers(recipe, adapter, evaluated, lm, output_root)
+                adapters = [] if name == "base" else [adapter, *evaluated.further]
+                answers = output_root / recipe.name / ANSWERS
+                lm.store = kept_answers(answers, recipe.base, adapters, evaluated.identity, lm)
                 if lm.store.corrupt:
                     lines = len(lm.store.corrupt)
                     warnings.append(f"Kept answers ({name}): {lines} damaged or cut off, and computed again.")
@@ -128,23 +129,6 @@ def process_group() -> dist.ProcessGroup | None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo")
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
-
-
-def kept_answers(recipe: Recipe, adapter: Path, evaluated: System, lm: EnsembleLM, output_root: Path) -> AnswerStore:
-    """The answers of this system that an evaluation that was ended has left.
-
-    Raises:
-        UserError: they cannot be written.
-    """
-    computing: dict[str, object] = {"mode": lm.mode, "max_length": lm.max_length}
-    if lm.mode == "exact":
-        computing["batch_size"] = recipe.eval.batch_size  # its bits depend on what shares a batch
-    adapters = [] if evaluated.name == "base" else [adapter, *evaluated.further]
-    settings = answer_settings(recipe.base, adapters, evaluated.identity, computing, lm.device)
-    store = AnswerStore.open(output_root / recipe.name / ANSWERS, settings)
-    for line in store.corrupt:
-        print(f"warning: kept answers: {line}; what it held is computed again", flush=True)
-    return store
 
 
 def system_scores(lm: EnsembleLM, tasks: list[Task | Group], section: schema.Eval) -> SystemScores:

@@ -22,8 +22,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import simple_parse_args_string
 
 from eval.lm.arguments import ModelArguments, help_text, model_arguments
+from eval.lm.kept import kept_answers
 from eval.lm.model import EnsembleLM
-from eval.lm.settings import answer_settings
 from eval.lm.store import AnswerStore
 from eval.prompt import TrainingPrompt
 from eval.run import process_group
@@ -202,15 +202,8 @@ def _kept_answers(arguments: ModelArguments, evaluated: System, lm: EnsembleLM) 
     assert arguments.answers is not None
     if arguments.base.quantization == "int8":
         raise UserError("answers: the scores of an int8 base depend on what shares a batch; leave answers= out")
-    computing: dict[str, object] = {"mode": lm.mode, "max_length": lm.max_length}
-    if lm.mode == "exact":
-        computing["batch_size"] = lm.batch_size_per_gpu  # its bits depend on what shares a batch
     adapters = [] if arguments.adapter is None else [arguments.adapter]
-    settings = answer_settings(arguments.base, adapters, evaluated.identity, computing, lm.device)
-    store = AnswerStore.open(arguments.answers, settings)
-    for line in store.corrupt:
-        print(f"warning: kept answers: {line}; they are computed again", flush=True)
-    return store
+    return kept_answers(arguments.answers, arguments.base, adapters, evaluated.identity, lm)
 
 
 def _let_only_the_first_process_report() -> None:

@@ -51,10 +51,6 @@ class Row:
         """Read after the context: all tokens of the continuations but the last of each."""
         return sum(len(continuation) - 1 for continuation in self.continuations)
 
-    @property
-    def scored_tokens(self) -> int:
-        return sum(len(continuation) for continuation in self.continuations)
-
     def takes(self, continuation: tuple[int, ...]) -> bool:
         """Whether another branch is better put here than into a row of its own."""
         tokens = self.branch_tokens + len(continuation) - 1

@@ -56,7 +56,6 @@ def test_rows_ask_for_every_request_once(requests: list[Request]) -> None:
     for row in rows_of(requests):
         limit = max(BRANCH_TOKENS, 2 * len(row.context))
         assert len(row.continuations) == 1 or row.branch_tokens <= limit
-        assert row.scored_tokens == sum(map(len, row.continuations))
     for row in separate_rows(requests):
         assert len(row.continuations) == 1 or {len(continuation) for continuation in row.continuations} == {1}
 

@@ -174,7 +174,7 @@ def test_answers_are_kept_and_taken_up(adapter: Path, task_folder: Path, tmp_pat
     again = LoraDropoutLM.create_from_arg_string(text, {"batch_size": 4, "device": "cpu"})
     assert answers(evaluated(again, task_folder)["samples"]) == answers(expected["samples"])
     assert (first.kept, again.kept, len(lines)) == (0, len(lines) - 1, first.requests)
-    warning = f"warning: kept answers: {file}, line 4: the checksum does not match; they are computed again"
+    warning = f"warning: kept answers: {file}, line 4: the checksum does not match; what it held is computed again"
     assert warning in capsys.readouterr().out
 
 
