@@ -318,6 +318,19 @@ class Distributed(Section):
     """Keep optimizer states (ZeRO 1-3), or weights too (ZeRO 3), in CPU memory."""
 
 
+class Supervision(Section):
+    """What ends a run that goes wrong, and how soon."""
+
+    bad_steps: int = Field(default=3, ge=1)
+    """Bad steps in a row that stop the run: a loss that is not finite or exactly 0, or a gradient not finite."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """`skip` leaves the update of a bad step out and counts it. After `bad_steps` in a row the run stops either way."""
+    hang_minutes: float = Field(default=30.0, gt=0)
+    """Minutes without any progress of a process, e.g. in a collective that never ends, after which the run is ended."""
+    heartbeat_seconds: float = Field(default=10.0, gt=0)
+    """Seconds between two signs of life of each process, in the run's folder."""
+
+
 class Recipe(Section):
     """An experiment. How many processes run it, and where, is the launcher's business."""
 
@@ -340,6 +353,8 @@ class Recipe(Section):
     """Any field of trl's SFTConfig under its own name, checked against it, unless another section owns it."""
     distributed: Distributed = Distributed()
     """How memory is shared between processes."""
+    supervision: Supervision = Supervision()
+    """What ends a run that goes wrong."""
     eval: Eval = Eval()
     """The evaluation stage."""
 

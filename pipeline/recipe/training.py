@@ -27,7 +27,8 @@ _COMPLETIONS = "the loss is on completions only; what they are is data.train's f
 _EVAL_PACKING = "validation rows are never packed: each keeps its own loss"
 _COLLATOR = "the collator carries each example's dataset row for its masks, and hands over what the trainer reads"
 _LOSS_ONLY = "validation during training measures the loss; metrics are the eval section's"
-_RESUME = "resuming is not supported yet"
+_RESUME = "set training.resume: auto, never, or the path of a checkpoint"
+_CALLBACKS = "training.resume restores what a run needs"
 _HUB = "pushing is not supported yet: `hf upload` the run folder, it is a peft adapter"
 _MODEL = "how the model is loaded is base's"
 _FUSED_LOSS = "the loss comes from trl's fused head, whose log-probabilities the N instances share"
@@ -45,6 +46,16 @@ DEFAULTS: Mapping[str, Any] = {
 """Where the recipe says nothing and trl's default is not what a small-data QLoRA run wants."""
 
 DEFAULTS_WITH_VALIDATION: Mapping[str, Any] = {"eval_strategy": "epoch"}
+
+OWN: Mapping[str, tuple[Any, Any, str]] = {
+    "resume": (
+        Annotated[str, Field(min_length=1)],
+        "auto",
+        "`auto`: go on from the newest good checkpoint of this very recipe in its output folder; `never`: refuse a "
+        "folder that holds a run; else the path of a checkpoint, or of a run, to go on from.",
+    ),
+}
+"""Keys of ours that stand among trl's: type, default, description."""
 
 REFUSED: Mapping[str, str] = {
     # another section's
@@ -108,9 +119,9 @@ REFUSED: Mapping[str, str] = {
     "eval_use_gather_object": _LOSS_ONLY,
     "eval_accumulation_steps": _LOSS_ONLY,
     "resume_from_checkpoint": _RESUME,
-    "ignore_data_skip": _RESUME,
-    "restore_callback_states_from_checkpoint": _RESUME,
-    "enable_jit_checkpoint": _RESUME,
+    "ignore_data_skip": "a resumed run goes on with the example after the last one it saw",
+    "restore_callback_states_from_checkpoint": _CALLBACKS,
+    "enable_jit_checkpoint": "a signal always saves a checkpoint first, on all ranks at the same step",
     "save_on_each_node": "the run folder is one, written by rank 0",
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
@@ -174,7 +185,7 @@ def sft_field_names() -> tuple[str, ...]:
 
 @functools.cache
 def accepted_types() -> Mapping[str, Any]:
-    """The type of each field that a recipe may set. Imports trl."""
+    """The type of each field of trl's that a recipe may set. Imports trl."""
     return {
         name: Annotated[_recipe_type(field), BOUNDS[name]] if name in BOUNDS else _recipe_type(field)
         for name, field in _sft_fields().items()
@@ -209,12 +220,16 @@ def _plain_type(annotation: Any) -> Any:
 
 @functools.cache
 def _adapter(name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(accepted_types()[name], config=ConfigDict(strict=True))
+    annotation = OWN[name][0] if name in OWN else accepted_types()[name]
+    return TypeAdapter(annotation, config=ConfigDict(strict=True))
 
 
 def field_schemas() -> dict[str, Schema]:
     """JSON schema of every field that a recipe may set, with trl's words and defaults. Imports trl."""
-    schemas: dict[str, Schema] = {}
+    schemas: dict[str, Schema] = {
+        name: {**_adapter(name).json_schema(), "description": description, "default": default}
+        for name, (_, default, description) in OWN.items()
+    }
     for name in accepted_types():
         field = _sft_fields()[name]
         default = DEFAULTS.get(name, field.default)
@@ -241,7 +256,7 @@ def training_problems(training: Node) -> list[Problem]:
 def _field_problem(name: str, value: Any) -> str | None:
     if name in REFUSED or name in FORMER:
         return f"not set here (found {shown(value)}): {REFUSED.get(name) or FORMER[name]}"
-    if name not in _sft_fields():
+    if name not in _sft_fields() and name not in OWN:
         return f"unknown key (found {shown(value)}), expected a field of trl's SFTConfig{_nearest(name)}"
     try:
         _adapter(name).validate_python(value)
@@ -262,9 +277,15 @@ def _nearest(name: str) -> str:
 
 
 def effective_training(recipe: Recipe) -> dict[str, Any]:
-    """The section with this project's defaults where it says nothing; trl's own apply beneath them."""
+    """trl's fields, with this project's defaults where the recipe says nothing; trl's own apply beneath them."""
     validated = DEFAULTS_WITH_VALIDATION if recipe.data.validation else {}
-    return {**DEFAULTS, **validated, **recipe.training}
+    theirs = {name: value for name, value in recipe.training.items() if name not in OWN}
+    return {**DEFAULTS, **validated, **theirs}
+
+
+def own_training(recipe: Recipe) -> dict[str, Any]:
+    """The section's keys of ours, with their defaults."""
+    return {name: recipe.training.get(name, default) for name, (_, default, _) in OWN.items()}
 
 
 def resolved_training(recipe: Recipe) -> dict[str, Any]:
