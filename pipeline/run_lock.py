@@ -1,0 +1,91 @@
+"""One training run in a folder at a time: a lock that ends with the process that holds it.
+
+`<output>/.<name>.lock` lies beside the run's folder, so that deleting the run (`--overwrite`) does not delete a lock
+that is held. The lock itself is the kernel's (flock), which drops it with the process, even at SIGKILL: no lock is ever
+stale. Over NFS the server keeps it. What the file holds, host and process, is only for the message.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import UserError
+from pipeline.processes import is_main
+
+PATIENCE = 40.0
+"""Seconds to wait for the holder: the ranks of a killed launcher may live for 30 s more."""
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems answer that are mounted without locks, some Lustre and NFS."""
+
+
+def lock_file(folder: Path) -> Path:
+    """Of the run in this folder."""
+    folder = folder.absolute()
+    return folder.parent / f".{folder.name}.lock"
+
+
+@contextmanager
+def only_run(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
+    """Context in which no other run trains into the folder; rank 0 holds the lock for all of its run.
+
+    Args:
+        folder: the run's; need not exist.
+        patience: seconds to wait for another process to end.
+
+    Raises:
+        UserError: another process trains there; its host and number.
+    """
+    if not is_main():
+        yield
+        return
+    file = lock_file(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file, fallback_to_soft=False)  # a soft lock is stale after SIGKILL
+    if not _acquired(lock, file, folder, patience):
+        print(f"warning: {file.parent} has no file locks: see to it that no second run trains into {folder}")
+        yield
+        return
+    file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # while it is held: a process that waits for this very file then makes it anew
+        lock.release()
+
+
+def _acquired(lock: FileLock, file: Path, folder: Path, patience: float) -> bool:
+    """Whether the lock is held now; False where the file system has no locks."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{folder}: {_holder(file)} is training there; waiting up to {patience:g} s for it to end", flush=True)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise UserError(f"output: {file} cannot be written: {error.strerror}.\nChoose another output.") from error
+    else:
+        return True
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout as error:
+        raise UserError(
+            f"{folder}: {_holder(file)} is training into this folder, and has not ended within {patience:g} s.\n"
+            "Wait until it has, end it, or give this run another name (name=...) or place (output=...)."
+        ) from error
+    return True
+
+
+def _holder(file: Path) -> str:
+    """Who wrote the lock file last."""
+    try:
+        return file.read_text() or "another process"
+    except FileNotFoundError:  # it has just ended
+        return "another process"

@@ -1,0 +1,60 @@
+"""Two runs never train into one folder; a killed one leaves no lock behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.run_lock import lock_file, only_run
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline.run_lock import only_run
+with only_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path, repository: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that trains into ``tmp_path / "run"``."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_run_is_refused_with_the_first_ones_host_and_process(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    said = rf"process {holder.pid} on {os.uname().nodename} is training into this folder"
+    with pytest.raises(UserError, match=said), only_run(tmp_path / "run", patience=0.3):
+        pass
+    with only_run(tmp_path / "other", patience=0):
+        pass
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    holder.send_signal(signal.SIGKILL)
+    with only_run(tmp_path / "run", patience=5):
+        assert f"process {os.getpid()} on " in lock_file(tmp_path / "run").read_text()
+    assert not lock_file(tmp_path / "run").exists()
+
+
+def test_other_ranks_do_not_lock(
+    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with only_run(tmp_path / "run", patience=0):
+        assert f"process {holder.pid} " in lock_file(tmp_path / "run").read_text()
