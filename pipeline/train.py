@@ -23,10 +23,10 @@ from pipeline.errors import UserError
 from pipeline.interrupt import InterruptCallback
 from pipeline.lora_dropout import LoraDropout
 from pipeline.model_card import write_model_card
+from pipeline.observation.progress import PlainWordsCallback
 from pipeline.preflight.execution import Choice, execution_in_force
 from pipeline.preflight.numbers import model_shape
 from pipeline.processes import is_main
-from pipeline.progress import PlainWordsCallback
 from pipeline.provenance import now, provenance, write_json
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training

@@ -22,10 +22,10 @@ from pipeline.adapter.dropout import recipe_dropout
 from pipeline.data.packing import RowCollator, check_apart, copied_batch, packed_rows, single_rows
 from pipeline.distributed import FirstStepCallback, register_adapter_weights
 from pipeline.lora_dropout import example_coordinates, instance_coordinates
+from pipeline.observation.step_norms import StepNorms
 from pipeline.preflight.numbers import Execution, flat
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
-from pipeline.step_norms import StepNorms
 
 PURPOSE = "train"
 

@@ -13,9 +13,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.base import load_tokenizer
 from pipeline.data import load_splits
-from pipeline.progress import plain_words
+from pipeline.observation.progress import plain_words
+from pipeline.observation.step_norms import StepNorms
 from pipeline.recipe import load_recipe
-from pipeline.step_norms import StepNorms
 from pipeline.train import train
 from pipeline.trainer import loss_per_token
 
