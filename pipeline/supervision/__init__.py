@@ -1,0 +1,1 @@
+"""What watches over a run: signals, launchers, other ranks, hangs, bad steps."""
