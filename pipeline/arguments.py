@@ -18,14 +18,18 @@ LAID_OUT_HERE = ("packing", "packing_strategy", "padding_free")
 """Fields that the trainer carries out itself: trl's own way loses the dataset rows, by which masks are drawn."""
 
 
-def sft_config(recipe: Recipe, folder: Path) -> SFTConfig:
+def sft_config(recipe: Recipe, folder: Path, accumulation: int | None = None) -> SFTConfig:
     """The trainer's arguments. Build them before loading the base: under ZeRO-3 they decide how it is loaded.
 
     Args:
         recipe: whose ``training`` section was checked against ``SFTConfig`` when it was read.
         folder: of the run; checkpoints go to ``checkpoints/`` in it.
+        accumulation: micro-batches of one rank in an optimizer step, in place of the recipe's, for a run that goes on
+            on another number of ranks.
     """
     given = {name: value for name, value in effective_training(recipe).items() if name not in LAID_OUT_HERE}
+    if accumulation is not None:
+        given["gradient_accumulation_steps"] = accumulation
     arguments = SFTConfig(
         **{**given, **_checkpointing(recipe)},
         run_name=recipe.name,

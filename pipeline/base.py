@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import CONFIG_NAME, cached_file
 
 from pipeline.errors import UserError
 from pipeline.hub import check_local, hub_errors
@@ -187,3 +190,38 @@ def keep_training_kernel(model: transformers.PreTrainedModel) -> None:
 def base_identity(base: schema.Base) -> str:
     """What names the base in provenance: the Hub id with its revision, or the local folder."""
     return str(Path(base.model).resolve()) if Path(base.model).exists() else f"{base.model}@{base.revision}"
+
+
+SAMPLED_BYTES = 64 * 2**20
+"""Files of a base that are larger are fingerprinted by samples: hashing 13 GB at each start takes a minute."""
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16
+
+
+def base_fingerprint(base: schema.Base) -> str:
+    """The commit of a base from the Hub; of a local folder, SHA-256 over its configuration, tokenizer and weights.
+
+    Names, sizes and contents; of a file above :data:`SAMPLED_BYTES` 64 evenly spaced blocks of 64 KiB stand for them.
+    """
+    folder = Path(base.model)
+    if not folder.exists():
+        config = cached_file(base.model, CONFIG_NAME, revision=base.revision, local_files_only=True)
+        assert config is not None  # it was loaded a moment ago
+        return f"{base.model}@{Path(config).parent.name}"
+    digest = hashlib.sha256()
+    kinds = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")  # what decides what it computes
+    for file in sorted(file for file in folder.iterdir() if file.suffix in kinds and file.is_file()):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        for block in _blocks(file):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        if size <= SAMPLED_BYTES:
+            yield opened.read()
+            return
+        for sample in range(_SAMPLES):
+            opened.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+            yield opened.read(_SAMPLE_BYTES)

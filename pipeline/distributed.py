@@ -12,7 +12,6 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.errors import UserError
 from pipeline.processes import launched
@@ -80,41 +79,61 @@ def register_adapter_weights(model: nn.Module) -> None:
                     register_external_parameter(module, linear.weight)
 
 
-class FirstStepCallback(TrainerCallback):
+def take_back_first_step(optimizer: Any) -> None:
     """Take back the step that DeepSpeed's 16-bit optimizer without ZeRO makes before training.
 
     To allocate its state it steps on zero gradients, which AdamW counts: bias correction is then one step ahead, so
     the first update is 0.74 of what it should be and ZeRO-0 trains otherwise than ZeRO-1 to 3; weight decay applies
     once, too. Seen in deepspeed 0.19.8 (FP16_UnfusedOptimizer.initialize_optimizer_states); delete when
     tests/pipeline/test_training.py finds nf4 under ZeRO-0 and ZeRO-2 equal without it.
+
+    Args:
+        optimizer: DeepSpeed's, of a new engine.
     """
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Masters as the model has them, step counters at zero."""
-        from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+        return
+    for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+        for master, parameter in zip(masters, parameters, strict=True):
+            master.data.copy_(parameter.data)
+    for moments in optimizer.optimizer.state.values():
+        if "step" in moments:
+            moments["step"] = moments["step"] * 0  # a tensor or a number
 
-        optimizer = kwargs["optimizer"].optimizer
-        if not isinstance(optimizer, FP16_UnfusedOptimizer):
-            return
-        for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
-            for master, parameter in zip(masters, parameters, strict=True):
-                master.data.copy_(parameter.data)
-        for moments in optimizer.optimizer.state.values():
-            if "step" in moments:
-                moments["step"] = moments["step"] * 0  # a tensor or a number
+
+def loss_scaler_of(optimizer: Any) -> Any:
+    """The object that keeps fp16's dynamic loss scale in DeepSpeed's optimizer; None where no loss is scaled so."""
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        config = optimizer.loss_scale_config
+        return config if config.dynamic_loss_scale else None
+    if isinstance(optimizer, ZeROOptimizer):
+        return optimizer.loss_scaler if optimizer.dynamic_loss_scale else None
+    return None
+
+
+def is_zero_3() -> bool:
+    """Whether weights are sharded in this process."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
 
 
 @contextmanager
-def whole_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Context in which ZeRO-3's shards of these parameters are whole on every rank; below ZeRO-3 they always are."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
+def whole_parameters(parameters: list[nn.Parameter], written_by: int | None = None) -> Iterator[None]:
+    """Context in which ZeRO-3's shards of these parameters are whole on every rank; below ZeRO-3 they always are.
 
-    if is_deepspeed_zero3_enabled():
+    Args:
+        parameters: of the model.
+        written_by: the rank whose changes are kept, and sharded again at the end; None where nothing is changed.
+    """
+    if is_zero_3():
         import deepspeed
 
-        context = deepspeed.zero.GatheredParameters(parameters)
+        context = deepspeed.zero.GatheredParameters(parameters, modifier_rank=written_by)
     else:
         context = nullcontext()
     with context:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import shlex
 import socket
@@ -91,10 +90,3 @@ def provenance(recipe: Recipe, data: list[dict[str, object]]) -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "started": now(),
     }
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = file.with_name(file.name + ".part")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    temporary.replace(file)

@@ -4,7 +4,9 @@
     adapter_model.safetensors  adapter_config.json  lora_dropout.json   the adapter, in peft's own format
     recipe.yaml  provenance.json  README.md                             how it came to be
     history.jsonl  runs/                                                curves: ours, TensorBoard's
-    checkpoints/
+    checkpoints/                                                        see pipeline/checkpoint/
+    identity.json                                                       what must not change while it goes on
+    status.json  ranks/                                                 how it is doing
 """
 
 from __future__ import annotations
@@ -15,12 +17,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.files import listed_checkpoints
 from pipeline.errors import UserError
+from pipeline.json_file import write_json
 from pipeline.recipe import Recipe, recipe_to_yaml
+from pipeline.recipe.training import own_training
 
 HISTORY_FILE = "history.jsonl"
 RECIPE_FILE = "recipe.yaml"
 PROVENANCE_FILE = "provenance.json"
+IDENTITY_FILE = "identity.json"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -60,48 +67,76 @@ def check_writable(key: str, folder: Path) -> None:
 def check_run_folder(recipe: Recipe, overwrite: bool) -> None:
     """Refuse a folder that holds something else, before any work.
 
+    Whether a run that is there is this very one, and can go on, is looked at once the data is loaded: see
+    :func:`pipeline.checkpoint.resume.origin_of`.
+
     Args:
         recipe: whose folder it is.
         overwrite: another run there may be deleted.
 
     Raises:
-        UserError: the folder cannot be written; it holds a run and ``overwrite`` is not set, or files that are no run.
+        UserError: the folder cannot be written; it holds a run and may neither go on nor be deleted, or files that are
+            no run.
     """
     folder = run_folder(recipe)
     check_writable("output", folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not overwrite:
-        raise UserError(
-            f"{folder}: already holds {_held(folder)}; it is never overwritten silently.\n"
-            "Give this run another name (name=...) or place (output=...), or pass --overwrite to delete what is there."
-        )
     if not (folder / RECIPE_FILE).exists():
+        how = "--overwrite deletes runs only, and this folder has" if overwrite else "holds files of something else:"
+        raise UserError(f"{folder}: {how} no {RECIPE_FILE}.\nEmpty it yourself, or choose another name or output.")
+    if not overwrite and own_training(recipe)["resume"] != "auto" and holds_run(folder):
         raise UserError(
-            f"{folder}: --overwrite deletes runs only, and this folder has no {RECIPE_FILE}.\n"
-            "Empty it yourself, or choose another name or output."
+            f"{folder}: already holds {'a finished' if has_finished(folder) else 'an unfinished'} run; it is never "
+            "overwritten silently.\n"
+            "Give this run another name (name=...) or place (output=...), pass --overwrite to delete what is there, or "
+            "go on in it with training.resume=auto."
         )
 
 
-def create_run_folder(recipe: Recipe) -> Path:
-    """Delete what :func:`check_run_folder` allowed to delete, and start the folder with the resolved recipe."""
+def holds_run(folder: Path) -> bool:
+    """Whether there is something that deleting would lose: an adapter, or a checkpoint."""
+    checkpoints = folder / CHECKPOINTS_FOLDER
+    return (folder / "adapter_model.safetensors").exists() or bool(listed_checkpoints(checkpoints))
+
+
+def has_finished(folder: Path) -> bool:
+    """Whether training came to its end there; what is written last says so."""
+    file = folder / PROVENANCE_FILE
+    return file.exists() and "finished" in json.loads(file.read_text())
+
+
+def create_run_folder(recipe: Recipe, identity: dict[str, Any]) -> Path:
+    """Delete what :func:`check_run_folder` allowed to delete, and start the folder with the resolved recipe.
+
+    Args:
+        recipe: whose folder it is.
+        identity: see :func:`pipeline.checkpoint.identity.identity_of`.
+    """
     folder = run_folder(recipe)
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     (folder / RECIPE_FILE).write_text(recipe_to_yaml(recipe))
+    write_json(folder / IDENTITY_FILE, identity)
     return folder
 
 
-def _held(folder: Path) -> str:
-    if (folder / "adapter_model.safetensors").exists():
-        return "a finished run"
-    if (folder / RECIPE_FILE).exists():
-        return "an unfinished run"
-    return "files of something else"
+def continue_run_folder(recipe: Recipe, step: int) -> None:
+    """Get a folder ready to go on after a step: the history ends there, and the recipe says how it goes on."""
+    folder = run_folder(recipe)
+    (folder / RECIPE_FILE).write_text(recipe_to_yaml(recipe))
+    kept = [record for record in read_history(folder) if record["step"] <= step]
+    part = folder / f"{HISTORY_FILE}.part"
+    part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    part.replace(folder / HISTORY_FILE)
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's log, oldest first; empty where the run logged nothing."""
+    """The records of a run's log, oldest first; empty where the run logged nothing.
+
+    A last line without its end, which a process that was killed or a full disk leaves, does not count.
+    """
     file = folder / HISTORY_FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,33 @@ from transformers.trainer_callback import ProgressCallback
 from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.arguments import check_reporters, sft_config
 from pipeline.base import check_device, check_length, load_base, load_config, load_tokenizer
+from pipeline.checkpoint.resume import Origin, origin_of, told, whole_checkpoint
+from pipeline.checkpoint.training_state import read_progress
 from pipeline.data import Splits, load_splits
 from pipeline.distributed import adapter_weights, check_launch, zero_stage
 from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.interrupt import InterruptCallback
+from pipeline.json_file import write_json
 from pipeline.lora_dropout import LoraDropout
 from pipeline.model_card import write_model_card
 from pipeline.observation.progress import PlainWordsCallback
 from pipeline.preflight.execution import Choice, execution_in_force
 from pipeline.preflight.numbers import model_shape
 from pipeline.processes import is_main
-from pipeline.provenance import now, provenance, write_json
+from pipeline.provenance import now, provenance
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
 from pipeline.run_folder import (
     HISTORY_FILE,
     PROVENANCE_FILE,
     check_run_folder,
+    continue_run_folder,
     create_run_folder,
     read_history,
     run_folder,
 )
+from pipeline.run_lock import only_run
 from pipeline.trainer import LoraDropoutTrainer
 
 
@@ -58,7 +64,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> Path:
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
     """
     try:
-        return _trained(recipe, overwrite)
+        with only_run(run_folder(recipe)):
+            return _trained(recipe, overwrite)
     except torch.OutOfMemoryError as error:  # while the base loads as well as in a step
         raise UserError(out_of_memory_advice(recipe)) from error
 
@@ -75,17 +82,26 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
     tokenizer = load_tokenizer(recipe.base)
     folder = run_folder(recipe)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
-    arguments = sft_config(recipe, folder)
     splits = load_splits(recipe, tokenizer)
-    choice = execution_in_force(recipe, shape, splits.statistics.tokens / splits.statistics.rows)
+    origin = origin_of(recipe, splits, overwrite)
+    if origin.finished:
+        if is_main():
+            print(f"{folder}: this run is finished, with this very recipe, data and base; nothing is left to train")
+        return folder
+    arguments = sft_config(recipe, folder, origin.accumulation)
+    choice = _execution(recipe, origin, execution_in_force(recipe, shape, _tokens_per_row(splits)))
     record = {**provenance(recipe, splits.sources), "execution": choice.reason}
 
     if not torch.cuda.is_available():
         keep_freed_memory()
     set_seed(recipe.seed)
     model = load_base(recipe.base)
+    checkpoint = whole_checkpoint(origin)
     if is_main():
-        create_run_folder(recipe)
+        if checkpoint is None or checkpoint.parent.parent != folder:
+            create_run_folder(recipe, origin.identity)
+        else:
+            continue_run_folder(recipe, read_progress(checkpoint).step)
     PartialState().wait_for_everyone()
     interrupt = InterruptCallback()
     trainer = LoraDropoutTrainer(
@@ -97,11 +113,12 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
         evaluation=_measured(splits),
         callbacks=[interrupt],
         execution=choice.execution,
+        identity=origin.identity,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(PlainWordsCallback(folder / HISTORY_FILE))  # in its place
-    _announce(trainer, splits, choice)
-    trainer.train()
+    _announce(trainer, splits, choice, told(origin, checkpoint))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if interrupt.interrupted:
         if is_main():
             print(f"\nInterrupted at step {trainer.state.global_step}; checkpoints are in {folder / 'checkpoints'}")
@@ -113,6 +130,17 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
     return folder
 
 
+def _execution(recipe: Recipe, origin: Origin, choice: Choice) -> Choice:
+    """How instances run: a run that goes on keeps what was chosen when it began, since the sums differ in last bits."""
+    if origin.progress is None or recipe.adapter.dropout.execution != "auto":
+        return choice
+    return replace(choice, execution=origin.progress.execution)
+
+
+def _tokens_per_row(splits: Splits) -> float:
+    return splits.statistics.tokens / splits.statistics.rows
+
+
 def _measured(splits: Splits) -> dict[str, Any] | None:
     """What is measured with masks off, in the order of the log."""
     if splits.validation is None:
@@ -120,10 +148,12 @@ def _measured(splits: Splits) -> dict[str, Any] | None:
     return {"validation": splits.validation, "probe": splits.probe}
 
 
-def _announce(trainer: LoraDropoutTrainer, splits: Splits, choice: Choice) -> None:
+def _announce(trainer: LoraDropoutTrainer, splits: Splits, choice: Choice, start: str | None) -> None:
     """Say what is about to run; main process only."""
     if not is_main():
         return
+    if start is not None:
+        print(start)
     arguments = trainer.args
     trained, total = trainer.adapted.get_nb_trainable_parameters()
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

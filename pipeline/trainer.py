@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -19,13 +20,20 @@ from trl import SFTConfig, SFTTrainer
 from pipeline.adapter.adalora import RankAllocation, orthogonality_loss
 from pipeline.adapter.config import lora_config
 from pipeline.adapter.dropout import recipe_dropout
-from pipeline.data.packing import RowCollator, check_apart, copied_batch, packed_rows, single_rows
-from pipeline.distributed import FirstStepCallback, register_adapter_weights
+from pipeline.checkpoint.files import checkpoint_folder
+from pipeline.checkpoint.training_state import (
+    Progress,
+    restore_random,
+    restore_training_state,
+    restore_weights,
+    save_training_state,
+)
+from pipeline.data.packing import RowCollator, check_apart, copied_batch, laid_out
+from pipeline.distributed import register_adapter_weights, take_back_first_step, zero_stage
 from pipeline.lora_dropout import example_coordinates, instance_coordinates
 from pipeline.observation.step_norms import StepNorms
 from pipeline.preflight.numbers import Execution, flat
 from pipeline.recipe import Recipe
-from pipeline.recipe.training import resolved_training
 
 PURPOSE = "train"
 
@@ -48,6 +56,7 @@ class LoraDropoutTrainer(SFTTrainer):
         evaluation: dict[str, Dataset] | None,
         callbacks: list[TrainerCallback],
         execution: Execution | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         """Put the adapter on the base and get ready.
 
@@ -56,10 +65,11 @@ class LoraDropoutTrainer(SFTTrainer):
             model: frozen base, from :func:`pipeline.base.load_base`.
             arguments: from :func:`pipeline.arguments.sft_config`.
             tokenizer: with a pad token.
-            train: columns ``input_ids``, ``labels``, ``row``.
+            train: columns ``input_ids``, ``labels``, ``row``; laid out already, or not.
             evaluation: datasets with the same columns, by name, whose loss is measured with masks off.
             callbacks: besides the trainer's own.
             execution: how instances run; None, as the recipe says, and ``auto`` is batched.
+            identity: of the experiment, for its checkpoints: :func:`pipeline.checkpoint.identity.identity_of`.
 
         Raises:
             UserError: an adapted layer that cannot be masked; a rate for a module without an adapter; examples that are
@@ -74,12 +84,14 @@ class LoraDropoutTrainer(SFTTrainer):
                 tokenizer.pad_token_id,
                 arguments.pad_to_multiple_of,  # type: ignore[arg-type]  # "auto" is resolved
             ),
-            train_dataset=_laid_out(train, recipe),
+            train_dataset=laid_out(train, recipe),
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=lora_config(recipe.adapter),
             callbacks=callbacks,
         )
+        self.recipe = recipe
+        self.identity = identity or {}
         self.settings = recipe.adapter.dropout
         self.copies = self.settings.instances
         self.sequential = (execution or self.settings.execution) == "sequential"
@@ -94,7 +106,6 @@ class LoraDropoutTrainer(SFTTrainer):
         self._evaluated: list[torch.Tensor] = []
         if self.is_deepspeed_enabled:
             register_adapter_weights(self.adapted)
-            self.add_callback(FirstStepCallback)
         else:
             _keep_float32_masters(self.adapted)
 
@@ -149,11 +160,6 @@ class LoraDropoutTrainer(SFTTrainer):
         self._metrics["train"]["orthogonality"].append(term.item())
         return loss + term
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.allocation is not None and checkpoint is not None:
-            self.allocation.restore(Path(checkpoint))
-
     def _step_under_masks(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
@@ -204,8 +210,7 @@ class LoraDropoutTrainer(SFTTrainer):
             rows=batch["input_ids"].shape[0],
             lengths=each,
             balanced=self.copies if self.settings.balanced else None,
-            # a finished run that is resumed may run a step more
-            progress=min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0),
+            progress=self.state.global_step / max(self.state.max_steps - 1, 1),
         )
 
     def _one_after_another(
@@ -236,6 +241,72 @@ class LoraDropoutTrainer(SFTTrainer):
                 total += super().training_step(model, dict(inputs), items)
         self.current_gradient_accumulation_steps = steps
         return total
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+    # transformers' own way writes and reads pickles; these are the places where it saves and restores
+
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return Progress(
+            step=self.state.global_step,
+            tokens=int(self._total_train_tokens),
+            ranks=self.accelerator.num_processes,
+            micro_batch=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            execution="sequential" if self.sequential else "batched",
+            zero=zero_stage(self.recipe),
+        )
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """DeepSpeed's optimizer, or torch's, without accelerate's wrapper."""
+        assert isinstance(self.optimizer, AcceleratedOptimizer)
+        return self.optimizer.optimizer
+
+    def restore_tokens(self, tokens: int) -> None:
+        """Go on counting from there."""
+        self._total_train_tokens = tokens
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        save_training_state(self, Path(self._folder), self.identity)
+        best = checkpoint_folder(Path(self._folder), self.state.best_global_step or 0)
+        self.state.best_model_checkpoint = str(best) if best.exists() else None
+
+    @property
+    def _folder(self) -> str:
+        assert self.args.output_dir is not None
+        return self.args.output_dir
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: :meth:`_prepare_for_training` restores, when the optimizer is there."""
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.is_deepspeed_enabled:
+            take_back_first_step(self.inner_optimizer)
+        if resume_from_checkpoint is not None:
+            restore_training_state(self, Path(resume_from_checkpoint))
+            best = checkpoint_folder(Path(self._folder), self.state.best_global_step or 0)
+            self.state.best_model_checkpoint = str(best) if best.exists() else None
+        return prepared
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_random(Path(checkpoint))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers', but for a run that was resumed after its last step, which it would train one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        restore_weights(self.adapted, Path(self.state.best_model_checkpoint))
+
+    # Measuring --------------------------------------------------------------------------------------------------------
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -292,14 +363,6 @@ def loss_per_token(rows: torch.Tensor) -> tuple[float, float | None]:
     residuals = losses - loss * tokens
     variance = len(rows) / (len(rows) - 1) * (residuals**2).sum()
     return float(loss), float(variance.sqrt() / tokens.sum())
-
-
-def _laid_out(rows: Dataset, recipe: Recipe) -> Dataset:
-    """Training rows as batches are made of them: padded, packed, or put together without padding."""
-    training = resolved_training(recipe)
-    if training["packing"]:
-        return packed_rows(rows, recipe.data.max_length)
-    return single_rows(rows) if training["padding_free"] else rows
 
 
 def _keep_float32_masters(model: PeftModel) -> None:

@@ -33,7 +33,6 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.adapter.config import ADAPTER_NAME, freeze_rank_numbers
 from pipeline.errors import UserError
@@ -171,12 +170,6 @@ class RankAllocation(TrainerCallback):
                 self.kept = kept_directions(scores, budget)
         if self.kept and (due or settled):
             self._prune()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The allocator's state beside the checkpoint's other files."""
-        if args.should_save:
-            assert args.output_dir is not None
-            self.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

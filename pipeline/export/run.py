@@ -40,7 +40,8 @@ from pipeline.export.members import MemberWriter
 from pipeline.export.merge import check_mergeable, check_shard_size, merge_type, merged_model
 from pipeline.model_card import rates_in_words, write_export_card
 from pipeline.preflight.estimate import in_words
-from pipeline.provenance import git_state, now, versions, write_json
+from pipeline.json_file import write_json
+from pipeline.provenance import git_state, now, versions
 from pipeline.recipe import Recipe, load_recipe, schema
 from pipeline.run_folder import PROVENANCE_FILE, RECIPE_FILE, check_writable, read_history
 

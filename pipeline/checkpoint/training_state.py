@@ -1,0 +1,264 @@
+"""What a trainer saves at a step, and how another one, on any number of ranks, goes on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+
+from pipeline.adapter.files import WEIGHTS_FILE, save_adapter, settings_of
+from pipeline.checkpoint.files import check_space, delete_old, listed_checkpoints, problem_of, write_checkpoint
+from pipeline.checkpoint.optimizer import MASTER, States, optimizer_states, restore_optimizer_states
+from pipeline.checkpoint.random_state import random_state, restore_random_state
+from pipeline.distributed import adapter_weights, is_zero_3, loss_scaler_of, whole_parameters
+from pipeline.errors import UserError
+from pipeline.preflight.numbers import Execution
+from pipeline.processes import is_main, rank
+from pipeline.run_folder import IDENTITY_FILE
+
+if TYPE_CHECKING:
+    from pipeline.trainer import LoraDropoutTrainer
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+RANDOM_FILE = "rng.json"
+
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scaling of fp16 remembers."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, besides its tensors."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Tokens of the data seen, over all ranks."""
+    ranks: int
+    micro_batch: int
+    """Rows of one rank's micro-batch."""
+    accumulation: int
+    """Micro-batches of one rank in an optimizer step."""
+    execution: Execution
+    """How the mask instances ran: batched or sequential."""
+    zero: int
+    """ZeRO stage."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Of the data, over all ranks."""
+        return self.ranks * self.micro_batch * self.accumulation
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Of a checkpoint that is whole."""
+    state = json.loads((checkpoint / STATE_FILE).read_bytes())
+    return Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+def save_training_state(trainer: LoraDropoutTrainer, folder: Path, identity: dict[str, Any]) -> Path:
+    """Write a checkpoint of the current step and delete those that are too old; every rank calls it.
+
+    Args:
+        trainer: between two optimizer steps.
+        folder: ``checkpoints/`` of the run.
+        identity: of the experiment, from :func:`pipeline.checkpoint.identity.identity_of`.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: on every rank: it does not fit, or the disk fails. The newest checkpoint before it is untouched.
+    """
+    weights = adapter_weights(trainer.adapted)
+    states: States = {}
+    if not trainer.args.save_only_model:
+        states = optimizer_states(trainer.inner_optimizer, trained_parameters(trainer.adapted), keep=is_main())
+    generators = gather_object([random_state()])
+    problem = [None if not is_main() else _written(trainer, folder, weights, states, generators, identity)]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(problem[0])
+    return folder / f"checkpoint-{trainer.state.global_step}"
+
+
+def _written(
+    trainer: LoraDropoutTrainer,
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    states: States,
+    generators: list[dict[str, Any]],
+    identity: dict[str, Any],
+) -> str | None:
+    """Write on rank 0; what went wrong in words, for all ranks."""
+    step = trainer.state.global_step
+    tensors = {f"{what}.{name}": tensor for what, by_name in states.items() for name, tensor in by_name.items()}
+
+    def write_files(part: Path) -> None:
+        save_adapter(trainer.adapted, weights, settings_of(trainer.recipe.adapter, trainer.recipe.seed), part)
+        if trainer.allocation is not None:
+            trainer.allocation.save(part)
+        _write_json(part / IDENTITY_FILE, identity)
+        # lines of the log are in the run's history; transformers would write them all again with each checkpoint
+        dataclasses.replace(trainer.state, log_history=[]).save_to_json(str(part / TRAINER_STATE_NAME))
+        if not trainer.args.save_only_model:
+            save_file(tensors, str(part / OPTIMIZER_FILE))
+            _write_json(part / STATE_FILE, _small_state(trainer))
+            _write_json(part / RANDOM_FILE, generators)
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_space(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values())))
+        write_checkpoint(folder, step, write_files)
+        delete_old(folder, trainer.args.save_total_limit, trainer.state.best_global_step)
+    except (UserError, OSError) as error:
+        return f"the checkpoint of step {step} could not be written: {error}\n{_kept(folder)}"
+    return None
+
+
+def _kept(folder: Path) -> str:
+    """What a run that cannot save any more can go on from."""
+    whole = next((found for found in listed_checkpoints(folder) if problem_of(found.folder) is None), None)
+    if whole is None:
+        return "Make room, then run the same command again: there is no earlier checkpoint, it starts anew."
+    return f"Make room, then run the same command again: it goes on from {whole.folder}, which is whole."
+
+
+def _small_state(trainer: LoraDropoutTrainer) -> dict[str, Any]:
+    assert trainer.lr_scheduler is not None
+    return {
+        **asdict(trainer.progress()),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "rates": [
+            {key: group[key] for key in ("lr", "initial_lr") if key in group}
+            for group in trainer.inner_optimizer.param_groups
+        ],
+        "loss_scale": _loss_scale(trainer),
+    }
+
+
+def _loss_scale(trainer: LoraDropoutTrainer) -> dict[str, Any]:
+    """Of fp16, as a dictionary; empty where the loss is not scaled, or by a fixed number."""
+    if not trainer.is_deepspeed_enabled:
+        scaler = trainer.accelerator.scaler
+        return {} if scaler is None else scaler.state_dict()
+    scaler = loss_scaler_of(trainer.inner_optimizer)
+    return {} if scaler is None else {key: value for key, value in vars(scaler).items() if key in LOSS_SCALE}
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+# Restoring ------------------------------------------------------------------------------------------------------------
+
+
+def restore_training_state(trainer: LoraDropoutTrainer, checkpoint: Path) -> None:
+    """Put a checkpoint into a trainer that has its engine and optimizer, but has made no step; every rank calls it.
+
+    Raises:
+        UserError: a rank cannot see the checkpoint; it was saved without the optimizer's state.
+    """
+    check_seen_by_all(checkpoint)
+    restore_weights(trainer.adapted, checkpoint)
+    if not (checkpoint / OPTIMIZER_FILE).exists():
+        raise UserError(
+            f"{checkpoint}: holds the adapter only (training.save_only_model), from which training cannot go on.\n"
+            "Take a checkpoint that was saved with save_only_model false, or start anew."
+        )
+    parameters = trained_parameters(trainer.adapted)
+    optimizer = trainer.inner_optimizer
+    restore_optimizer_states(optimizer, parameters, _read_states(trainer.adapted, checkpoint))
+    small = json.loads((checkpoint / STATE_FILE).read_bytes())
+    assert trainer.lr_scheduler is not None
+    trainer.lr_scheduler.load_state_dict(small["scheduler"])
+    for group, rates in zip(trainer.inner_optimizer.param_groups, small["rates"], strict=True):
+        group.update(rates)
+    _restore_loss_scale(trainer, small["loss_scale"])
+    trainer.restore_tokens(small["tokens"])
+    if trainer.allocation is not None:
+        trainer.allocation.restore(checkpoint)
+
+
+def check_seen_by_all(checkpoint: Path) -> None:
+    """Raise ``UserError`` on every rank unless each can read the checkpoint's files."""
+    here = None if (checkpoint / WEIGHTS_FILE).is_file() else f"process {rank()} on {socket.gethostname()}"
+    blind = [found for found in gather_object([here]) if found]
+    if blind:
+        raise UserError(
+            f"{checkpoint}: not visible to {', '.join(blind[:4])}{', ...' if len(blind) > 4 else ''}.\n"
+            "A run on several nodes goes on only from a folder that all of them share: set output to one, or copy the "
+            "run's folder to the same path on each node."
+        )
+
+
+def restore_weights(model: PeftModel, checkpoint: Path) -> None:
+    """The adapter's weights as they were in the engine's dtype; every rank calls it."""
+    saved, parameters = load_file(str(checkpoint / WEIGHTS_FILE)), trained_parameters(model)
+    names = saved_names(model)
+    if {names[name] for name in parameters} != saved.keys():
+        raise UserError(f"{checkpoint / WEIGHTS_FILE}: its weights are not those of this recipe's adapter")
+    with whole_parameters(list(parameters.values()), written_by=0), torch.no_grad():
+        for name, parameter in parameters.items():
+            if is_main() or not is_zero_3():  # ZeRO-3 passes rank 0's on
+                parameter.data.copy_(saved[names[name]])
+
+
+def restore_random(checkpoint: Path) -> None:
+    """The generators of this rank, where the checkpoint has it."""
+    by_rank = json.loads((checkpoint / RANDOM_FILE).read_bytes())
+    if rank() < len(by_rank):
+        restore_random_state(by_rank[rank()])
+
+
+def trained_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """By name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def saved_names(model: PeftModel) -> dict[str, str]:
+    """Name in ``adapter_model.safetensors`` of each trained parameter: peft is asked with tensors that are marked."""
+    parameters = list(trained_parameters(model))
+    marked = {name: torch.tensor(index) for index, name in enumerate(parameters)}
+    named = get_peft_model_state_dict(model, state_dict=marked, save_embedding_layers=False)
+    return {parameters[int(mark)]: name for name, mark in named.items()}
+
+
+def _read_states(model: PeftModel, checkpoint: Path) -> States:
+    """The optimizer's states, with the float32 weights as their own masters."""
+    states: States = {}
+    for key, tensor in load_file(str(checkpoint / OPTIMIZER_FILE)).items():
+        what, _, name = key.partition(".")
+        states.setdefault(what, {})[name] = tensor
+    saved = load_file(str(checkpoint / WEIGHTS_FILE))
+    masters = states.setdefault(MASTER, {})
+    for name, its_name in saved_names(model).items():
+        masters.setdefault(name, saved[its_name].float())
+    return states
+
+
+def _restore_loss_scale(trainer: LoraDropoutTrainer, saved: dict[str, Any]) -> None:
+    if not saved:
+        return
+    if not trainer.is_deepspeed_enabled:
+        trainer.accelerator.scaler.load_state_dict(saved)
+        return
+    scaler = loss_scaler_of(trainer.inner_optimizer)
+    for key in LOSS_SCALE:
+        if key in saved:
+            setattr(scaler, key, saved[key])

@@ -1,0 +1,18 @@
+"""Small JSON files, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write aside, synchronise, rename: whoever reads, or is killed, finds the old file or the new one."""
+    temporary = file.with_name(file.name + ".part")
+    with temporary.open("w") as opened:
+        opened.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+    temporary.replace(file)
