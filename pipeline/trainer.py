@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
@@ -32,6 +34,7 @@ from pipeline.data.packing import RowCollator, check_apart, copied_batch, laid_o
 from pipeline.distributed import register_adapter_weights, take_back_first_step, zero_stage
 from pipeline.lora_dropout import example_coordinates, instance_coordinates
 from pipeline.observation.step_norms import StepNorms
+from pipeline.observation.throughput import Throughput
 from pipeline.preflight.numbers import Execution, flat
 from pipeline.recipe import Recipe
 
@@ -56,6 +59,7 @@ class LoraDropoutTrainer(SFTTrainer):
         evaluation: dict[str, Dataset] | None,
         callbacks: list[TrainerCallback],
         execution: Execution | None = None,
+        throughput: Throughput | None = None,
         identity: dict[str, Any] | None = None,
     ) -> None:
         """Put the adapter on the base and get ready.
@@ -69,6 +73,7 @@ class LoraDropoutTrainer(SFTTrainer):
             evaluation: datasets with the same columns, by name, whose loss is measured with masks off.
             callbacks: besides the trainer's own.
             execution: how instances run; None, as the recipe says, and ``auto`` is batched.
+            throughput: what measures speed; None: one that knows no FLOPs.
             identity: of the experiment, for its checkpoints: :func:`pipeline.checkpoint.identity.identity_of`.
 
         Raises:
@@ -102,6 +107,9 @@ class LoraDropoutTrainer(SFTTrainer):
             self.add_callback(self.allocation)
         self.norms = StepNorms()
         self.add_callback(self.norms)
+        self.throughput = throughput or Throughput()
+        self.add_callback(self.throughput)
+        self._order = torch.Generator()
         self._micro_batch = 0
         self._evaluated: list[torch.Tensor] = []
         if self.is_deepspeed_enabled:
@@ -119,6 +127,13 @@ class LoraDropoutTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = sorted({*(self._signature_columns or []), "row"})  # type: ignore[assignment]  # theirs is untyped
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """transformers', with the time that its batches take to come."""
+        batches = self.throughput.fetched(epoch_iterator, self._total_train_tokens)
+        return super().get_batch_samples(batches, num_batches, device)
 
     def training_step(
         self,
@@ -242,6 +257,13 @@ class LoraDropoutTrainer(SFTTrainer):
         self.current_gradient_accumulation_steps = steps
         return total
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        """transformers'; one that draws from torch's own generator gets one that depends on seed and epoch alone."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = self._order
+        return sampler
+
     # Checkpoints ------------------------------------------------------------------------------------------------------
     # transformers' own way writes and reads pickles; these are the places where it saves and restores
 
@@ -295,12 +317,13 @@ class LoraDropoutTrainer(SFTTrainer):
         if checkpoint is not None:
             restore_random(Path(checkpoint))
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         """transformers', but for a run that was resumed after its last step, which it would train one step more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        self._order.manual_seed(self.args.seed + epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -314,9 +337,10 @@ class LoraDropoutTrainer(SFTTrainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """trl's, with the clip fraction and update norm of the steps that a training line covers."""
+        """trl's, with clip fraction, update norm and throughput of the steps that a training line covers."""
         if "loss" in logs:
             logs.update(self.norms.averages(self.args.max_grad_norm))
+            logs.update(self.throughput.since_last(self._total_train_tokens))
         super().log(logs, start_time)
 
     def prediction_step(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+
+from pipeline.errors import UserError
 
 # Our words for what trl logs; what is not named here goes to TensorBoard only.
 NAMES = {
@@ -24,15 +24,14 @@ NAMES = {
     "grad_norm": "gradient_norm",
     "clip_fraction": "clip_fraction",
     "update_norm": "update_norm",
+    "tokens_per_second": "tokens_per_second",
+    "data_wait": "data_wait",
+    "communication": "communication",
+    "flops_per_second": "flops_per_second",
+    "mfu": "mfu",
+    "hfu": "hfu",
+    "peak_memory_bytes": "peak_memory_bytes",
 }
-
-
-def peak_memory_bytes() -> int:
-    """Most memory this process has held: of the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
 
 WORDS = {
     "loss": "loss {:.4f}",
@@ -45,9 +44,16 @@ WORDS = {
     "clip_fraction": "clipped {:.0%}",
     "update_norm": "update norm {:.2g}",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "data_wait": "data wait {:.0%}",
+    "communication": "communication {:.0%}",
+    "tflops_per_second": "{:,.3g} TFLOP/s",
+    "mfu": "MFU {:.1%}",
     "peak_memory_gib": "peak memory {:.1f} GiB",
 }
 """How a record is said, in this order."""
+
+WORTH_A_WORD = 0.005
+"""A smaller share of time spent waiting for data is not mentioned on the screen."""
 
 
 def plain_words(record: dict[str, Any], steps: int) -> str:
@@ -55,8 +61,13 @@ def plain_words(record: dict[str, Any], steps: int) -> str:
 
     step 40/200 · loss 1.234 · learning rate 1.9e-04 · gradient norm 0.81 · 5,210 tokens/s · peak memory 1.2 GiB
     """
+    record = dict(record)
     if "peak_memory_bytes" in record:
-        record = {**record, "peak_memory_gib": record["peak_memory_bytes"] / 2**30}
+        record["peak_memory_gib"] = record["peak_memory_bytes"] / 2**30
+    if "flops_per_second" in record:
+        record["tflops_per_second"] = record["flops_per_second"] / 1e12
+    if record.get("data_wait", 0.0) < WORTH_A_WORD:
+        record.pop("data_wait", None)
     parts = [words.format(record[name]) for name, words in WORDS.items() if name in record]
     return " · ".join([f"step {record['step']}/{steps}", *parts])
 
@@ -72,21 +83,7 @@ class PlainWordsCallback(ProgressCallback):
         """Args: history: the file to append to, one JSON object per line."""
         super().__init__()
         self.history = history
-        self._step_started = 0.0
-        self._busy_seconds = 0.0
-        self._tokens_logged = 0
         self._evaluated: dict[str, Any] = {}
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock of tokens/s, which evaluations and checkpoints do not run."""
-        self._step_started = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
-        self._busy_seconds += time.perf_counter() - self._step_started
-        super().on_step_end(args, state, control, **kwargs)
 
     def on_log(
         self,
@@ -101,7 +98,7 @@ class PlainWordsCallback(ProgressCallback):
             return
         record = {ours: float(logs[theirs]) for theirs, ours in NAMES.items() if theirs in logs}
         if "loss" in record:
-            self._speak(state, {**record, **self._throughput(logs)})
+            self._speak(state, record)
         elif record:
             self._evaluated.update(record)
             if {"validation_loss", "probe_loss"} <= self._evaluated.keys():
@@ -109,15 +106,16 @@ class PlainWordsCallback(ProgressCallback):
                 evaluated["generalization_gap"] = evaluated["validation_loss"] - evaluated["probe_loss"]
                 self._speak(state, evaluated)
 
-    def _throughput(self, logs: dict[str, Any]) -> dict[str, float]:
-        """Tokens of the data per second of training since the last line, over all ranks, and peak memory."""
-        tokens, seconds = logs["num_tokens"] - self._tokens_logged, self._busy_seconds
-        self._tokens_logged, self._busy_seconds = logs["num_tokens"], 0.0
-        return {"tokens_per_second": tokens / max(seconds, 1e-9), "peak_memory_bytes": peak_memory_bytes()}
-
     def _speak(self, state: TrainerState, record: dict[str, Any]) -> None:
         record = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **record}
-        with self.history.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.history.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.history} cannot be written: {error.strerror}.\n"
+                "Make room, or give back the right to write there, and start the same command again: it goes on from "
+                "the last checkpoint."
+            ) from error
         if self.training_bar is not None:
             self.training_bar.write(plain_words(record, state.max_steps))
