@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from pipeline.data.sandbox import BoundedSandbox, rendered
 from pipeline.errors import UserError
 from pipeline.recipe import schema
 
@@ -24,8 +24,17 @@ ALPACA = (
 FORMAT_PROMPTS = {"alpaca": ALPACA, "prompt-completion": "{{ prompt }}"}
 OPTIONAL_COLUMNS = {"input"}
 
-# Templates come from recipes, which people share: sandboxed, and a missing column is an error, not an empty string.
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+_ENVIRONMENT = BoundedSandbox()
+RENDERING_ERRORS = (
+    jinja2.TemplateError,  # a column that the row lacks, what the sandbox forbids
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+"""What a template can raise: it holds expressions over whatever the row holds."""
 
 
 class PromptTemplate:
@@ -42,11 +51,11 @@ class PromptTemplate:
             key: recipe key, for messages.
 
         Raises:
-            UserError: a template that is not Jinja2.
+            UserError: a template that is not Jinja2, or more of it than prompts may use (see ``sandbox.py``).
         """
         self.key = f"{key}.prompt"
         try:
-            self._template = _ENVIRONMENT.from_string(source.prompt or FORMAT_PROMPTS[source.format])
+            self._template = _ENVIRONMENT.template(source.prompt or FORMAT_PROMPTS[source.format])
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{self.key}: not a Jinja2 template: {error.message} (its line {error.lineno})") from error
 
@@ -57,8 +66,8 @@ class PromptTemplate:
             UserError: a column that the row lacks, or that the sandbox forbids.
         """
         try:
-            return self._template.render(columns)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            return rendered(self._template, columns)
+        except RENDERING_ERRORS as error:
             raise UserError(
                 f"{self.key}: cannot be rendered: {error}; the row has the columns {', '.join(sorted(columns))}"
             ) from error

@@ -10,13 +10,25 @@ from pathlib import Path
 import yaml
 
 from pipeline.recipe.json_schema import Schema, arms, child_schema, recipe_schema
-from pipeline.recipe.nodes import Node, Yaml12Dumper, merged, overridden, read_file, read_text
-from pipeline.recipe.problems import Place, Problem, RecipeError, shown
+from pipeline.recipe.nodes import (
+    MOST_LEVELS,
+    NOT_TEXT,
+    Node,
+    Yaml12Dumper,
+    merged,
+    not_text,
+    overridden,
+    read_file,
+    read_text,
+)
+from pipeline.recipe.problems import Place, Problem, RecipeError, shortened, shown
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.section import LOCAL_OR_HUB
 from pipeline.recipe.validation import validated
 
 COMMAND_LINE = Place(None)
+MOST_FILES = 10
+"""Recipes that extend each other in a chain."""
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -61,9 +73,12 @@ def _read_chain(path: Path, readers: tuple[Path, ...], problems: list[Problem]) 
         return own
     chain = (*readers, path)
     extended = Path(os.path.normpath(path.parent / parent.value))
-    if any(extended.resolve() == reader.resolve() for reader in chain):
+    if any(os.path.realpath(extended) == os.path.realpath(reader) for reader in chain):
         circle = " -> ".join(str(reader) for reader in (*chain, extended))
         problems.append(Problem(parent.place, "extends", f"recipes extend each other in a circle: {circle}"))
+        return own
+    if len(chain) == MOST_FILES:
+        problems.append(Problem(parent.place, "extends", f"a chain of more than {MOST_FILES} recipes; shorten it"))
         return own
     try:
         below = _read_chain(extended, chain, problems)
@@ -84,8 +99,12 @@ def _read_chain(path: Path, readers: tuple[Path, ...], problems: list[Problem]) 
 def _with_overrides(root: Node, overrides: Sequence[str], problems: list[Problem]) -> Node:
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or "" in key.split("."):
-            message = f"found {override!r}, expected key=value, e.g. adapter.dropout.rate=0.3"
+        found = NOT_TEXT.search(override)
+        if found is not None:
+            problems.append(Problem(COMMAND_LINE, "", not_text(found)))
+            continue
+        if not equals or "" in key.split(".") or key.count(".") >= MOST_LEVELS:
+            message = f"found {shortened(override)!r}, expected key=value, e.g. adapter.dropout.rate=0.3"
             problems.append(Problem(COMMAND_LINE, "", message))
             continue
         if key == "extends":
@@ -93,8 +112,8 @@ def _with_overrides(root: Node, overrides: Sequence[str], problems: list[Problem
             problems.append(Problem(COMMAND_LINE, key, message))
             continue
         try:
-            value, found = read_text(text, COMMAND_LINE)
-            problems += [replace(problem, key=f"{key}.{problem.key}") for problem in found]
+            value, noted = read_text(text, COMMAND_LINE)
+            problems += [replace(problem, key=f"{key}.{problem.key}".rstrip(".")) for problem in noted]
             root = overridden(root, key.split("."), value)
         except RecipeError as error:
             problems += [replace(problem, key=key) for problem in error.problems]

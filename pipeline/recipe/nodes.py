@@ -1,7 +1,7 @@
 """YAML as a tree that remembers where every value was written.
 
 Scalars follow YAML 1.2's core schema (`2e-4` is a number, `no` is text), not PyYAML's YAML 1.1. Files are read
-safely: bounded in size and depth, no tags, no anchors or aliases, no key twice.
+safely: bounded in bytes, depth, nodes and digits, no tags, no anchors or aliases, no control characters, no key twice.
 """
 
 from __future__ import annotations
@@ -19,6 +19,14 @@ from pipeline.recipe.problems import KeyPath, Place, Problem, RecipeError, displ
 
 MOST_BYTES = 256 * 1024
 MOST_LEVELS = 20
+MOST_NODES = 5_000
+"""Keys, values and list items together."""
+MOST_KEY = 200
+"""Characters of a key."""
+MOST_DIGITS = 18
+"""Of a whole number: what has more is no 64-bit integer, and no key of a recipe takes it."""
+NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Characters that YAML can write with a backslash: controls, which a terminal obeys, and halves of characters."""
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 
@@ -89,7 +97,7 @@ class _Composer(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, ya
         yaml.parser.Parser.__init__(self)
         yaml.composer.Composer.__init__(self)
         _Yaml12Resolver.__init__(self)
-        self.levels = 0
+        self.levels = self.nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -100,7 +108,10 @@ class _Composer(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, ya
             self._refuse(f"the tag {event.tag} is not read: write the plain value")
         if self.levels == MOST_LEVELS:
             self._refuse(f"nested more than {MOST_LEVELS} levels deep")
+        if self.nodes == MOST_NODES:
+            self._refuse(f"more than {MOST_NODES:,} keys, values and list items in all")
         self.levels += 1
+        self.nodes += 1
         node = super().compose_node(parent, index)
         self.levels -= 1
         return node
@@ -124,14 +135,16 @@ for _tag, (_pattern, _first) in _CORE_SCHEMA.items():
 def read_file(path: Path) -> tuple[Node, list[Problem]]:
     """The mapping in a YAML file, and the keys it holds twice. Raises RecipeError where there is no mapping."""
     top = Place(path, 1)
-    if not path.is_file():
-        raise RecipeError([Problem(Place(path), "", _missing_file(path))])
     try:
-        raw = path.read_bytes()
+        if not path.is_file():
+            raise RecipeError([Problem(Place(path), "", _missing_file(path))])
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        size = path.stat().st_size
     except OSError as error:
         raise RecipeError([Problem(Place(path), "", f"cannot be read: {error.strerror}")]) from error
     if len(raw) > MOST_BYTES:
-        raise RecipeError([Problem(top, "", f"{len(raw):,} bytes long; expected a recipe of at most {MOST_BYTES:,}")])
+        raise RecipeError([Problem(top, "", f"{size:,} bytes long; expected a recipe of at most {MOST_BYTES:,}")])
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -159,7 +172,7 @@ def read_text(text: str, place: Place) -> tuple[Node, list[Problem]]:
 
 def _located(node: yaml.Node, place: Place, path: tuple[str | int, ...], problems: list[Problem]) -> Node:
     if isinstance(node, yaml.ScalarNode):
-        return Node(_scalar(node.tag.rpartition(":")[2], node.value), place)
+        return _located_scalar(node, place, path, problems)
     if isinstance(node, yaml.SequenceNode):
         items = [
             _located(item, place.at(item.start_mark.line + 1), (*path, index), problems)
@@ -173,12 +186,40 @@ def _located(node: yaml.Node, place: Place, path: tuple[str | int, ...], problem
             problems.append(Problem(here, display_key(path), "found a list or mapping as a key; expected a word"))
             continue
         key = key_node.value  # as text: `1:` and `yes:` are keys like any other
+        problem = _key_problem(key)
+        if problem is not None:
+            problems.append(Problem(here, display_key(path), problem))
+            continue
         if key in entries:
             message = f"the key is written twice; first on line {entries[key].place.line}. Keep one of them"
             problems.append(Problem(here, display_key((*path, key)), message))
             continue
         entries[key] = _located(value_node, here, (*path, key), problems)
     return Node(entries, place)
+
+
+def _located_scalar(node: yaml.ScalarNode, place: Place, path: KeyPath, problems: list[Problem]) -> Node:
+    value = _scalar(node.tag.rpartition(":")[2], node.value)
+    if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+        message = f"found a whole number of {len(node.value)} digits, expected at most {MOST_DIGITS}"
+        problems.append(Problem(place, display_key(path), message))
+    if isinstance(value, str) and (found := NOT_TEXT.search(value)) is not None:
+        problems.append(Problem(place, display_key(path), not_text(found)))
+        value = NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", value)
+    return Node(value, place)
+
+
+def not_text(found: re.Match[str]) -> str:
+    """What to say of a character that is none."""
+    return f"found the character U+{ord(found[0]):04X}, which is not text; take it out"
+
+
+def _key_problem(key: str) -> str | None:
+    """Why a text is no key."""
+    if len(key) > MOST_KEY:
+        return f"found a key of {len(key):,} characters, expected at most {MOST_KEY}"
+    found = NOT_TEXT.search(key)
+    return None if found is None else f"in a key: {not_text(found)}"
 
 
 def _scalar(kind: str, text: str) -> Scalar:

@@ -11,6 +11,9 @@ from typing import Any, TypeAlias
 
 from pipeline.errors import UserError
 
+MOST_KEYS_SHOWN = 12
+"""Of a mapping, in a message."""
+
 KeyPath: TypeAlias = tuple[str | int, ...]
 """Where a value stands in the recipe: `("data", "train", 0, "path")`."""
 
@@ -63,6 +66,11 @@ def display_key(path: Iterable[str | int]) -> str:
     return ".".join(str(part) for part in path)
 
 
+def shortened(text: str) -> str:
+    """The beginning of a long text."""
+    return text[:60] + "..." if len(text) > 60 else text
+
+
 def shown(value: Any) -> str:
     """A value as YAML spells it, with its kind where the spelling alone would mislead."""
     if value is None:
@@ -70,9 +78,11 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return f"the text {value[:60] + '...' if len(value) > 60 else value!r}"
+        return f"the text {shortened(value)!r}"
     if isinstance(value, dict):
-        return f"a mapping with {', '.join(map(str, value))}" if value else "an empty mapping"
+        more = f", ... ({len(value)} in all)" if len(value) > MOST_KEYS_SHOWN else ""
+        keys = ", ".join(map(str, list(value)[:MOST_KEYS_SHOWN]))
+        return f"a mapping with {keys}{more}" if value else "an empty mapping"
     if isinstance(value, list):
         return f"a list of {len(value)}" if value else "an empty list"
     return str(value)
