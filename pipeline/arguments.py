@@ -37,6 +37,9 @@ def sft_config(recipe: Recipe, folder: Path, accumulation: int | None = None) ->
         seed=recipe.seed,
         data_seed=recipe.seed,
         max_length=recipe.data.max_length,
+        # rows are ready; trl would copy them all once more, the main process first and the others at a barrier, whose
+        # timeout is the process group's
+        dataset_kwargs={"skip_prepare_dataset": True},
         bf16=recipe.base.dtype == "bfloat16",
         fp16=recipe.base.dtype == "float16",
         use_cpu=not torch.cuda.is_available(),

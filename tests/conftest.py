@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pipeline.environment d
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face import: no test may reach the network
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tokenised data of this session's tests, not the user's; processes that tests start inherit it."""
+    folder = tmp_path_factory.mktemp("token-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_DROPOUT_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

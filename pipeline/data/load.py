@@ -89,7 +89,7 @@ def read_raw(source: schema.Source, key: str) -> datasets.Dataset:
     if not path.exists():
         with hub_errors(source.path, f"{key}.path"):
             return datasets.load_dataset(source.path, name=source.subset, split=source.split)
-    files = _files(path, key)
+    files = data_files(path, key)
     if len({LOADERS[file.suffix] for file in files}) > 1:
         raise UserError(f"{key}.path: {source.path!r} mixes json and parquet files; list them as two sources")
     try:
@@ -104,7 +104,12 @@ def read_raw(source: schema.Source, key: str) -> datasets.Dataset:
         raise UserError(f"{key}.path: {source.path!r} has no rows ({error or 'empty'})") from error
 
 
-def _files(path: Path, key: str) -> list[Path]:
+def data_files(path: Path, key: str) -> list[Path]:
+    """The files of a local source, in the order in which their rows count.
+
+    Raises:
+        UserError: there are none that can be read.
+    """
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in LOADERS)
     if not files or files[0].suffix not in LOADERS:
         raise UserError(f"{key}.path: {path} is no {', '.join(LOADERS)} file, nor a folder that holds one")

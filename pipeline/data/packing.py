@@ -6,7 +6,7 @@ An example keeps its dataset row, and with it its masks, wherever it lies.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -16,6 +16,29 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pipeline.errors import UserError
 from pipeline.lora_dropout import copied_rows
+from pipeline.recipe import Recipe
+from pipeline.recipe.training import resolved_training
+
+
+def layout_of(recipe: Recipe) -> Literal["padded", "packed", "flat"]:
+    """How batches are made: rows padded to one length, packed beforehand, or put together without padding."""
+    training = resolved_training(recipe)
+    if training["packing"]:
+        return "packed"
+    return "flat" if training["padding_free"] else "padded"
+
+
+def laid_out(rows: datasets.Dataset, recipe: Recipe) -> datasets.Dataset:
+    """Training rows as batches are made of them.
+
+    Args:
+        rows: ``input_ids``, ``labels``, ``row`` (int); or what this function gave, which is returned.
+        recipe: decides the layout.
+    """
+    layout = layout_of(recipe)
+    if layout == "padded" or "seq_lengths" in rows.column_names:
+        return rows
+    return packed_rows(rows, recipe.data.max_length) if layout == "packed" else single_rows(rows)
 
 
 def packed_rows(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:

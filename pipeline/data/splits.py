@@ -6,9 +6,12 @@ import hashlib
 from dataclasses import dataclass
 
 import datasets
+import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.load import load_rows
+from pipeline.data.packing import laid_out
 from pipeline.data.tokenise import LabelStatistics, label_statistics, tokenise
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, schema
@@ -31,6 +34,10 @@ class Splits:
     """``row`` of each row without a trained token, left out, by split."""
     sources: list[dict[str, object]]
     """Path, rows and content fingerprint of each split."""
+    laid_out: datasets.Dataset
+    """The training rows as batches are made of them: ``train`` itself, or packed, see :func:`laid_out`."""
+    tokens_sha256: str
+    """Of ``train``: equal only for the same token ids, labels and row numbers in the same order."""
 
 
 def load_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Splits:
@@ -46,8 +53,10 @@ def load_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Splits:
     train = without_untrained(tokenised, statistics, "data.train")
     sources = [_described("train", [s.path for s in recipe.data.train], rows)]
     dropped = {"training": statistics.untrained_rows}
+    laid = laid_out(train, recipe)
+    tokens = token_fingerprint(train)
     if held_out is None:
-        return Splits(train, None, None, statistics, dropped, sources)
+        return Splits(train, None, None, statistics, dropped, sources, laid, tokens)
     validation = tokenise(held_out, tokenizer, max_length)
     held_out_statistics = label_statistics(validation)
     dropped["validation"] = held_out_statistics.untrained_rows
@@ -55,7 +64,7 @@ def load_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Splits:
     assert recipe.data.validation is not None
     source = recipe.data.validation.source
     sources.append(_described("validation", [source.path] if source else ["held out of train"], held_out))
-    return Splits(train, validation, probe_rows(train, recipe), statistics, dropped, sources)
+    return Splits(train, validation, probe_rows(train, recipe), statistics, dropped, sources, laid, tokens)
 
 
 def split_rows(data: schema.Data, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -112,3 +121,19 @@ def content_fingerprint(rows: datasets.Dataset) -> str:
             encoded = part.encode()
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()
+
+
+def token_fingerprint(rows: datasets.Dataset) -> str:
+    """SHA-256 over token ids, labels and row numbers in order: of what is learned, whichever files it came from."""
+    digests = {name: hashlib.sha256() for name in ("lengths", "input_ids", "labels", "row")}
+    for batch in rows.with_format("arrow").iter(1000):
+        for name in ("input_ids", "labels"):
+            digests[name].update(_numbers(batch[name].combine_chunks().flatten()))
+        digests["lengths"].update(_numbers(batch["input_ids"].combine_chunks().value_lengths()))
+        digests["row"].update(_numbers(batch["row"].combine_chunks()))
+    return hashlib.sha256("".join(digest.hexdigest() for digest in digests.values()).encode()).hexdigest()
+
+
+def _numbers(array: pa.Array) -> bytes:
+    """As 64-bit integers, little-endian."""
+    return array.to_numpy(zero_copy_only=False).astype(np.dtype("<i8")).tobytes()
