@@ -17,9 +17,10 @@ from transformers.trainer_callback import ProgressCallback
 from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.arguments import check_reporters, sft_config
 from pipeline.base import check_device, check_length, load_base, load_config, load_tokenizer
+from pipeline.checkpoint.optimizer import check_optimizer
 from pipeline.checkpoint.resume import Origin, origin_of, told, whole_checkpoint
 from pipeline.checkpoint.training_state import read_progress
-from pipeline.data import Splits, load_splits
+from pipeline.data import Splits, cached_splits
 from pipeline.distributed import adapter_weights, check_launch, zero_stage
 from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
@@ -72,8 +73,10 @@ def train(recipe: Recipe, overwrite: bool = False) -> Path:
 
 def _trained(recipe: Recipe, overwrite: bool) -> Path:
     """The stages of :func:`train`, in order."""
-    check_run_folder(recipe, overwrite)
+    if is_main():  # on other nodes another folder may bear its name
+        check_run_folder(recipe, overwrite)
     check_launch(recipe)
+    check_optimizer(recipe)
     check_device(recipe.base)
     config = load_config(recipe.base, zero_stage(recipe))
     check_length(config, recipe.base, recipe.data.max_length)
@@ -82,7 +85,7 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
     tokenizer = load_tokenizer(recipe.base)
     folder = run_folder(recipe)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
-    splits = load_splits(recipe, tokenizer)
+    splits = cached_splits(recipe, tokenizer)
     origin = origin_of(recipe, splits, overwrite)
     if origin.finished:
         if is_main():
@@ -109,7 +112,7 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
         model=model,
         arguments=arguments,
         tokenizer=tokenizer,
-        train=splits.train,
+        train=splits.laid_out,
         evaluation=_measured(splits),
         callbacks=[interrupt],
         execution=choice.execution,

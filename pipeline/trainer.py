@@ -23,6 +23,7 @@ from pipeline.adapter.adalora import RankAllocation, orthogonality_loss
 from pipeline.adapter.config import lora_config
 from pipeline.adapter.dropout import recipe_dropout
 from pipeline.checkpoint.files import checkpoint_folder
+from pipeline.checkpoint.timing import SaveAfterEvaluation
 from pipeline.checkpoint.training_state import (
     Progress,
     restore_random,
@@ -107,6 +108,7 @@ class LoraDropoutTrainer(SFTTrainer):
             self.add_callback(self.allocation)
         self.norms = StepNorms()
         self.add_callback(self.norms)
+        self.add_callback(SaveAfterEvaluation())
         self.throughput = throughput or Throughput()
         self.add_callback(self.throughput)
         self._order = torch.Generator()

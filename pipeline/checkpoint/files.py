@@ -56,8 +56,8 @@ def listed_checkpoints(folder: Path) -> list[Checkpoint]:
     """All that are there, whole or not, the newest first."""
     if not folder.is_dir():
         return []
-    named = ((_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir() if entry.is_dir())
-    found = [Checkpoint(entry, int(name[1])) for name, entry in named if name]
+    named = ((_step_of(entry), entry) for entry in folder.iterdir() if entry.is_dir())
+    found = [Checkpoint(entry, step) for step, entry in named if step is not None]
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
@@ -108,6 +108,8 @@ def problem_of(folder: Path) -> str | None:
     """Why the folder is no whole checkpoint, in words; None where it is one. Reads every byte."""
     try:
         manifest = _manifest(folder)
+        if manifest["step"] != _step_of(folder):
+            return f"its manifest is that of step {manifest['step']}"
         for name, expected in manifest["files"].items():
             file = folder / name
             if not file.is_file():
@@ -116,7 +118,7 @@ def problem_of(folder: Path) -> str | None:
                 return f"{name} has {file.stat().st_size:,} bytes, expected {expected['bytes']:,}"
             if sha256_of(file) != expected["sha256"]:
                 return f"{name} is not what was written (its SHA-256 differs)"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"cannot be read ({error})"
     return None
 
@@ -135,11 +137,19 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST_FILE}: expected an object with format, step and files")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{MANIFEST_FILE}: format {manifest.get('format')!r}, and this version reads {FORMAT}")
+    if not isinstance(manifest.get("step"), int):
+        raise ValueError(f"{MANIFEST_FILE}: step is {manifest.get('step')!r}, expected a number")
     for name, expected in manifest["files"].items():
-        plain = isinstance(expected, dict) and {"bytes", "sha256"} <= expected.keys() and Path(name).name == name
-        if not plain:
+        numbers = isinstance(expected, dict) and isinstance(expected.get("bytes"), int) and "sha256" in expected
+        if not numbers or Path(name).name != name:
             raise ValueError(f"{MANIFEST_FILE}: the entry {name!r} names no file with bytes and sha256")
     return manifest
+
+
+def _step_of(folder: Path) -> int | None:
+    """From its name."""
+    name = _NAME.fullmatch(folder.name)
+    return int(name[1]) if name else None
 
 
 def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -173,8 +183,15 @@ def delete_old(folder: Path, keep: int | None, best_step: int | None) -> None:
             remove(checkpoint.folder)
 
 
-def delete_leftovers(folder: Path) -> None:
-    """Delete what a process that was killed had begun to write or to delete."""
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a process that was killed had begun to write or to delete.
+
+    A checkpoint that was being replaced, when the new one had not got its name yet, gets its name back.
+    """
+    for replaced in folder.glob(".checkpoint-*.replaced"):
+        name = replaced.name.removeprefix(".").removesuffix(".replaced")
+        if not (folder / name).exists():
+            replaced.rename(folder / name)
     for leftover in folder.glob(".checkpoint-*"):
         remove(leftover)
 
@@ -184,7 +201,9 @@ def remove(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.name.startswith("."):
-        folder = folder.rename(folder.with_name(f".{folder.name}.deleted"))
+        deleted = folder.with_name(f".{folder.name}.deleted")
+        remove(deleted)
+        folder = folder.rename(deleted)
     shutil.rmtree(folder)
 
 

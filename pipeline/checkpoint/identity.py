@@ -50,7 +50,7 @@ def identity_of(recipe: Recipe, splits: Splits, rows_per_step: int) -> dict[str,
         "rows per optimizer step": rows_per_step,
         "files of the base": base_fingerprint(recipe.base),
         **{f"{source['split']} data": f"{source['rows']} rows, {source['sha256']}" for source in splits.sources},
-        # tokens of the training rows: splits.tokens_sha256
+        "tokens of the training rows": splits.tokens_sha256,
     }
 
 

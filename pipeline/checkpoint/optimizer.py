@@ -13,11 +13,40 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.distributed import zero_stage
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.recipe.training import resolved_training
+
 MASTER = "master"
 """Of a 16-bit parameter: its float32 original, on which the optimizer works."""
 
 States = dict[str, dict[str, torch.Tensor]]
 """What -> parameter -> tensor, on the CPU: masters and moments shaped like the parameter, counters without axes."""
+
+
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+"""Values of ``training.optim`` whose state is shaped like the weights, so that any number of ranks can share it out."""
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """Refuse an optimizer whose state ZeRO's shards would make unreadable, where checkpoints are to be saved.
+
+    Raises:
+        UserError: says which take its place.
+    """
+    training = resolved_training(recipe)
+    saves = training["save_strategy"] != "no" and not training["save_only_model"]
+    if saves and zero_stage(recipe) > 0 and training["optim"] not in ELEMENTWISE:
+        raise UserError(f"training.optim: {_unshardable(training['optim'])}")
+
+
+def _unshardable(optimizer: str) -> str:
+    return (
+        f"{optimizer} keeps state that is not one number for each weight: under ZeRO 1 to 3 a checkpoint of it could "
+        f"not be put together.\nUse {', '.join(ELEMENTWISE)}; or distributed.zero=0; or training.save_only_model=true, "
+        "which cannot go on; or training.save_strategy=no."
+    )
 
 
 def optimizer_states(optimizer: Any, parameters: dict[str, nn.Parameter], keep: bool) -> States:
@@ -123,6 +152,11 @@ def _sharded_entries(optimizer: Any, parameters: dict[str, nn.Parameter]) -> Ite
     held = _holder(optimizer).state.get(flat, {})
     moments = [what for what, value in held.items() if torch.is_tensor(value) and value.shape == flat.shape]
     counters = {what: torch.as_tensor(value) for what, value in held.items() if what not in moments}
+    for what, value in counters.items():
+        if value.dim():
+            raise UserError(
+                _unshardable(f"{type(_holder(optimizer)).__name__}, whose {what} has {value.numel()} values")
+            )
     for name, parameter in parameters.items():
         shape = parameter.ds_shape if _shards_weights(optimizer) else parameter.shape  # type: ignore[attr-defined]
         if parameter.dtype != torch.float32:

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from pipeline.checkpoint.files import Checkpoint, delete_leftovers, listed_checkpoints, newest_whole, problem_of
+from pipeline.checkpoint.files import Checkpoint, clear_leftovers, listed_checkpoints, newest_whole, problem_of
 from pipeline.checkpoint.identity import differences, identity_of
 from pipeline.checkpoint.training_state import STATE_FILE, Progress, read_progress
 from pipeline.data import Splits
@@ -174,7 +174,7 @@ def _newest_of(source: Path) -> tuple[str | None, str | None]:
         error = f"training.resume: {source} is damaged: {problem}.\nTake an older checkpoint." if problem else None
         return str(source), error
     if source.is_dir():
-        delete_leftovers(source)
+        clear_leftovers(source)
     checkpoint, damaged = newest_whole(source)
     for line in damaged:
         print(f"warning: left aside, damaged: {line}")

@@ -84,7 +84,7 @@ def test_another_sections_field_names_the_owner(recipe_file: Path, field: str, o
         ("packing_strategy=bfd_split", "bfd_split cuts an example over several rows"),
         ("packing_strategy=best", "found the text 'best', expected"),
         ("use_cpu=true", "the launcher's business"),
-        ("resume_from_checkpoint=x", "resuming is not supported yet"),
+        ("resume_from_checkpoint=x", "set training.resume: auto, never, or the path of a checkpoint"),
         ("max_seq_length=512", "not set here (found 512): set data.max_length"),
         ("warmup_ratio=0.1", "set training.warmup_steps; below 1 it is a share of all steps"),
         ("learning_rate='2e-4'", "found the text '2e-4', expected a number of at least 0; write it without quotes"),

@@ -75,22 +75,25 @@ def test_offload_needs_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_is_never_overwritten_silently(tmp_path: Path) -> None:
-    run = recipe(output=str(tmp_path))
+    run = recipe(output=str(tmp_path), training={"resume": "never"})
     check_run_folder(run, overwrite=False)
-    folder = create_run_folder(run)
+    folder = create_run_folder(run, {"seed": 1})
     assert folder == run_folder(run) == tmp_path / "t"
     assert (folder / "recipe.yaml").read_text() == recipe_to_yaml(run)
+    check_run_folder(run, overwrite=False)  # nothing is lost: no checkpoint, no adapter
+    (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(UserError) as error:
         check_run_folder(run, overwrite=False)
     assert f"{folder}: already holds an unfinished run; it is never overwritten silently" in str(error.value)
-    assert "name=..." in str(error.value) and "--overwrite" in str(error.value)
-    (folder / "adapter_model.safetensors").touch()
+    assert all(words in str(error.value) for words in ("name=...", "--overwrite", "training.resume=auto"))
+    check_run_folder(recipe(output=str(tmp_path)), overwrite=False)  # resume: auto looks at it closely later
+    (folder / "provenance.json").write_text('{"finished": "now"}')
     with pytest.raises(UserError, match="already holds a finished run"):
         check_run_folder(run, overwrite=False)
-    assert (folder / "adapter_model.safetensors").exists()
+    assert (folder / "checkpoints" / "checkpoint-2").exists()
     check_run_folder(run, overwrite=True)
-    create_run_folder(run)
-    assert [file.name for file in folder.iterdir()] == ["recipe.yaml"]
+    create_run_folder(run, {"seed": 1})
+    assert sorted(file.name for file in folder.iterdir()) == ["identity.json", "recipe.yaml"]
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -114,7 +117,7 @@ def test_overwrite_deletes_nothing_but_runs(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     check_run_folder(recipe(output=str(tmp_path)), overwrite=False)  # an empty folder is free
     (tmp_path / "t" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="already holds files of something else"):
+    with pytest.raises(UserError, match=r"holds files of something else: no recipe\.yaml"):
         check_run_folder(recipe(output=str(tmp_path)), overwrite=False)
     with pytest.raises(UserError, match=r"--overwrite deletes runs only, and this folder has no recipe\.yaml"):
         check_run_folder(recipe(output=str(tmp_path)), overwrite=True)

@@ -19,8 +19,10 @@ from training_jobs import (
     BASES,
     BF16_TOLERANCE,
     FP32_TOLERANCE,
+    MORE_RANKS,
     ONE_PROCESS,
     RECIPE,
+    RESUMED,
     SAME_FP32,
     SAME_FP32_EXAMPLE,
     SAME_KEYS_EXAMPLE,
@@ -72,8 +74,8 @@ def one(work: Path) -> Records:
 
 
 @pytest.fixture(scope="module")
-def two(work: Path) -> Records:
-    """What each configuration of two ranks measured."""
+def two(work: Path, one: Records) -> Records:
+    """What each configuration of two ranks measured; some go on from checkpoints of one."""
     return trained(work, TWO_RANKS, ranks=2)
 
 
@@ -164,6 +166,47 @@ def test_a_resumed_run_draws_what_the_whole_one_would_have(one: Records, samplin
     whole, resumed = one[f"whole-{sampling}"], one[f"resumed-{sampling}"]
     assert resumed["losses"] == whole["losses"][2:]
     assert resumed["gradient_norms"] == whole["gradient_norms"][2:]
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_run_on_two_ranks_goes_on_bit_for_bit(two: Records, kind: str) -> None:
+    """In the middle of an epoch, with gradient accumulation: losses, gradient norms and the final adapter."""
+    assert_goes_on(two[f"saved-{kind}"], two[f"resumed-{kind}"])
+
+
+def test_the_order_of_grouped_lengths_goes_on(one: Records) -> None:
+    assert_goes_on(one["grouped"], one["resumed-grouped"])
+
+
+def assert_goes_on(whole: dict[str, Any], resumed: dict[str, Any]) -> None:
+    assert len(resumed["losses"]) == 3
+    assert resumed["losses"] == whole["losses"][3:]
+    assert resumed["gradient_norms"] == whole["gradient_norms"][3:]
+    assert resumed["tokens"] == whole["tokens"]
+    first, second = (load_file(record["folder"] / "adapter_model.safetensors") for record in (whole, resumed))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+@pytest.mark.parametrize("name", MORE_RANKS)
+def test_a_run_goes_on_on_more_ranks(one: Records, two: Records, name: str) -> None:
+    difference = largest_difference(two[name]["losses"], one[name]["losses"][3:])
+    print(difference)
+    assert difference <= FP32_TOLERANCE
+
+
+def test_checkpoints_hold_safetensors_and_json_only(two: Records, work: Path) -> None:
+    found = {file.name for file in (work / "ranks2").rglob("checkpoint-*/*")}
+    assert found == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "identity.json",
+        "lora_dropout.json",
+        "manifest.json",
+        "optimizer.safetensors",
+        "rng.json",
+        "state.json",
+        "trainer_state.json",
+    }
 
 
 def test_a_compiled_model_trains_alike(one: Records) -> None:

@@ -146,6 +146,33 @@ LONG = (
     "training.save_strategy=steps",
     "training.save_steps=2",
 )
+# six steps over two epochs, and the last three of them from the checkpoint in the middle of the first
+SAVED = (
+    *NO_VALIDATION,
+    *KEYS,
+    "data.train.0.limit=16",
+    "training.max_steps=6",
+    "training.save_strategy=steps",
+    "training.save_steps=3",
+    "training.per_device_train_batch_size=1",
+    "training.weight_decay=0.1",
+)
+ACCUMULATES = ("training.gradient_accumulation_steps=2",)
+RESUMED = {
+    "fp32-zero0": (*SAVED, *ACCUMULATES, *zero(0)),
+    "nf4-zero0": (*SAVED, *ACCUMULATES, *NF4, *zero(0)),
+    "fp32-zero1-example": (*SAVED, *ACCUMULATES, *EXAMPLE, *zero(1)),
+    "nf4-zero2": (*SAVED, *ACCUMULATES, *NF4, *zero(2)),
+    "nf4-zero2-example": (*SAVED, *ACCUMULATES, *NF4, *EXAMPLE, *zero(2)),
+    "fp32-zero3": (*SAVED, *ACCUMULATES, *zero(3)),
+    "nf4-zero3-example": (*SAVED, *ACCUMULATES, *NF4, *EXAMPLE, *zero(3)),
+    "nf4-zero3-offload": (*SAVED, *ACCUMULATES, *NF4, *zero(3, "all")),
+}
+# begun on one rank with two micro-batches a step, continued on two with one
+MORE_RANKS = {
+    "more-ranks": (*SAVED, *zero(2)),
+    "more-ranks-example": (*SAVED, *EXAMPLE, *zero(3)),
+}
 COMPILED = (
     "training.save_strategy=no",
     "training.torch_compile=true",
@@ -172,6 +199,12 @@ ONE_PROCESS: dict[str, tuple[str, tuple[str, ...]]] = {
         for sampling, overrides in SAMPLINGS.items()
         for name, trainer in ((f"whole-{sampling}", "ours"), (f"resumed-{sampling}", f"ours, from whole-{sampling}"))
     },
+    **{name: ("ours", (*overrides, *ACCUMULATES)) for name, overrides in MORE_RANKS.items()},
+    "grouped": ("ours", (*SAVED, *ACCUMULATES, "training.train_sampling_strategy=group_by_length")),
+    "resumed-grouped": (
+        "ours, from grouped",
+        (*SAVED, *ACCUMULATES, "training.train_sampling_strategy=group_by_length"),
+    ),
     "compiled": ("ours", (*LONG, *COMPILED)),
     "whole-other-rate": ("ours", (*LONG, "adapter.dropout.initial_rate=0.2")),
     "measured": ("ours", ("training.max_steps=2", *PADDING_FREE)),  # validation is padded all the same
@@ -193,6 +226,12 @@ TWO_RANKS: dict[str, tuple[str, tuple[str, ...]]] = {
             **SAME_KEYS_EXAMPLE,
         }.items()
     },
+    **{
+        name: (trainer, overrides)
+        for kind, overrides in RESUMED.items()
+        for name, trainer in ((f"saved-{kind}", "ours"), (f"resumed-{kind}", f"ours, from saved-{kind}"))
+    },
+    **{name: (f"ours, from ../ranks1/{name}", overrides) for name, overrides in MORE_RANKS.items()},
     "measured": ("ours", ("training.max_steps=2",)),
     "measured-zero3": ("ours", ("training.max_steps=2", *zero(3))),
     "other-rate": ("ours", (*NO_VALIDATION, "adapter.dropout.rate=0.4")),

@@ -5,7 +5,7 @@
 
 A launch imports for ten seconds; a configuration trains for one or two. ``JOBS.json`` is a list of
 ``{"name", "recipe", "overrides", "trainer"}``, the trainer being ``ours``, ``ours, from <job>`` (which resumes from
-that job's first checkpoint), ``stock`` or ``stock, bfloat16 adapter``; each job writes ``FOLDER/<name>.json`` and the
+that job's first checkpoint; the job may be another launch's, ``../<folder>/<job>``), ``stock`` or ``stock, bfloat16 adapter``; each job writes ``FOLDER/<name>.json`` and the
 folder ``FOLDER/<name>``, its adapter. ``stock`` is trl's ``SFTTrainer`` with peft's ``LoraConfig`` on the same rows as
 prompt and completion: its base, arguments and trainer come from the libraries, with the same two corrections as ours
 (no repacking of 4-bit weights; float32 adapter where no engine keeps masters).
@@ -188,7 +188,9 @@ def run(job: dict[str, Any], folder: Path) -> None:
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     _, _, resumed = job["trainer"].partition(", from ")
-    started_from = sorted((folder / f"run-{resumed}" / "checkpoints").glob("checkpoint-*"))[0] if resumed else None
+    launch, _, job_name = resumed.rpartition("/")
+    saved = folder / launch / f"run-{job_name}" / "checkpoints"
+    started_from = sorted(saved.glob("checkpoint-*"))[0] if resumed else None
     trainer.train(resume_from_checkpoint=started_from and str(started_from))
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     parameters = dict(model.named_parameters())
