@@ -13,7 +13,6 @@ separate passes of stock code, one for each member.
 from __future__ import annotations
 
 import random
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,6 +42,7 @@ from pipeline.lora_dropout import LoraDropout
 from pipeline.processes import launched
 from pipeline.provenance import git_state, now, versions
 from pipeline.recipe import Recipe
+from pipeline.redaction import command_line
 
 STOCK = "stock lm-eval, one model"
 SCHEMA = 1
@@ -171,7 +171,7 @@ def benchmark(
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "git": git_state(),
-            "command": shlex.join(sys.argv),
+            "command": command_line(sys.argv),
             "finished": now(),
         },
         "lines": [asdict(line) for line in lines],

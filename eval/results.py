@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from pipeline.base import base_identity
 from pipeline.processes import world_size
 from pipeline.provenance import git_state, machine, now, versions
 from pipeline.recipe import Recipe, recipe_to_yaml
+from pipeline.redaction import command_line
 from pipeline.run_folder import PROVENANCE_FILE, read_history
 
 STDERRS: dict[Callable[..., float], Callable[..., float]] = {mean: mean_stderr, acc_all: acc_all_stderr}
@@ -132,7 +132,7 @@ def our_section(
         "machine": machine(),
         "base": base_identity(recipe.base),
         "processes": world_size(),
-        "command": shlex.join(sys.argv),
+        "command": command_line(sys.argv),
         "started": started,
         "finished": now(),
     }

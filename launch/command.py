@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 import typer
 
 from pipeline.errors import UserError
 from pipeline.processes import is_main, rank
+from pipeline.redaction import redacted
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -20,14 +23,21 @@ def _print_error(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    message = redacted(message).encode(errors="backslashreplace").decode()  # names of files need not be text
     if not is_main():
         message = f"(process {rank()}) {message.splitlines()[0]}"
     Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(message))
 
 
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A bug's traceback as python prints it, without tokens that a message may hold."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
+
+
 @contextmanager
 def told_errors() -> Iterator[None]:
     """Say bad input in words, and exit with its status."""
+    sys.excepthook = _print_traceback
     try:
         yield
     except UserError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import shlex
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import torch
 from pipeline.base import base_identity
 from pipeline.processes import launched, world_size
 from pipeline.recipe import Recipe, recipe_to_yaml
+from pipeline.redaction import command_line
 
 PACKAGES = (
     "lora-dropout",
@@ -87,6 +87,6 @@ def provenance(recipe: Recipe, data: list[dict[str, object]]) -> dict[str, Any]:
         "machine": machine(),
         "processes": world_size(),
         "engine": f"DeepSpeed ZeRO-{recipe.distributed.zero}" if launched() else "one process, no DeepSpeed",
-        "command": shlex.join(sys.argv),
+        "command": command_line(sys.argv),
         "started": now(),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from eval.compare.words import cut_sentences, noise_sentence, verdict
 from eval.compare.write import check_output, folder_of, write_comparison
 from eval.numbers import listed
 from pipeline.errors import UserError
+from pipeline.redaction import command_line
 
 VERSIONED = ("lora-dropout", "numpy", "scipy")
 """Packages that can change a number here."""
@@ -239,7 +239,7 @@ def common(runs: Sequence[Run]) -> Mapping[str, Any]:
         "runs": [run_facts(run) for run in runs],
         "settings": different_settings(runs),
         "written": now(),
-        "command": shlex.join(sys.argv),
+        "command": command_line(sys.argv),
         "versions": {package: version(package) for package in VERSIONED},
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import platform
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +34,7 @@ from pipeline.processes import launched
 from pipeline.provenance import git_state, now, versions
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
+from pipeline.redaction import command_line
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def _conditions(recipe: Recipe, settings: Settings, device: torch.device) -> dic
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "git": git_state(),
-        "command": shlex.join(sys.argv),
+        "command": command_line(sys.argv),
         "finished": now(),
     }
 

@@ -154,7 +154,7 @@ def refuse(tree: nodes.Template) -> None:
     lists: tuple[type[nodes.Expr], ...] = (nodes.List, nodes.Tuple, nodes.Dict)
     for assignment in tree.find_all(nodes.Assign):
         # a list that holds another twice costs nothing; forty of them, one in the other, are endless when written out
-        if isinstance(assignment.node, lists) or assignment.node.find(lists) is not None:
+        if isinstance(assignment.node, lists) or any(assignment.node.find_all(lists)):
             raise jinja2.TemplateSyntaxError("set: takes texts, numbers and columns, no list", assignment.lineno)
 
 

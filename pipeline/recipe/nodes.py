@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from pipeline.recipe.problems import KeyPath, Place, Problem, RecipeError, display_key, shown
+from pipeline.redaction import HIDDEN, TOKEN
 
 MOST_BYTES = 256 * 1024
 MOST_LEVELS = 20
@@ -25,6 +26,10 @@ MOST_KEY = 200
 """Characters of a key."""
 MOST_DIGITS = 18
 """Of a whole number: what has more is no 64-bit integer, and no key of a recipe takes it."""
+TOKEN_FOUND = (
+    "found an access token (not shown here); a recipe is written into every result, so it takes none: set HF_TOKEN or "
+    "run `hf auth login`, and renew a token that others may have seen"
+)
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 """Characters that YAML can write with a backslash: controls, which a terminal obeys, and halves of characters."""
 
@@ -203,6 +208,9 @@ def _located_scalar(node: yaml.ScalarNode, place: Place, path: KeyPath, problems
     if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
         message = f"found a whole number of {len(node.value)} digits, expected at most {MOST_DIGITS}"
         problems.append(Problem(place, display_key(path), message))
+    if isinstance(value, str) and TOKEN.search(value) is not None:
+        problems.append(Problem(place, display_key(path), TOKEN_FOUND))
+        value = TOKEN.sub(HIDDEN, value)
     if isinstance(value, str) and (found := NOT_TEXT.search(value)) is not None:
         problems.append(Problem(place, display_key(path), not_text(found)))
         value = NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", value)
@@ -218,6 +226,8 @@ def _key_problem(key: str) -> str | None:
     """Why a text is no key."""
     if len(key) > MOST_KEY:
         return f"found a key of {len(key):,} characters, expected at most {MOST_KEY}"
+    if TOKEN.search(key) is not None:
+        return TOKEN_FOUND
     found = NOT_TEXT.search(key)
     return None if found is None else f"in a key: {not_text(found)}"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pipeline.errors import UserError
+from pipeline.redaction import is_secret
 
 MOST_KEYS_SHOWN = 12
 """Of a mapping, in a message."""
@@ -64,6 +65,11 @@ class RecipeError(UserError):
 def display_key(path: Iterable[str | int]) -> str:
     """`("data", "train", 0, "path")` as `data.train.0.path`, the form that an override takes."""
     return ".".join(str(part) for part in path)
+
+
+def shown_under(key: KeyPath, value: Any) -> str:
+    """:func:`shown`, but for a value whose key says that it is a secret."""
+    return "a secret" if key and is_secret(str(key[-1])) else shown(value)
 
 
 def shortened(text: str) -> str:

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationErro
 
 from pipeline.recipe.json_schema import Schema, all_keys
 from pipeline.recipe.nodes import Node
-from pipeline.recipe.problems import Problem, shown
+from pipeline.recipe.problems import Problem, shown, shown_under
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.section import Contradiction
 from pipeline.recipe.words import expected, hint
@@ -255,9 +255,9 @@ def training_problems(training: Node) -> list[Problem]:
 
 def _field_problem(name: str, value: Any) -> str | None:
     if name in REFUSED or name in FORMER:
-        return f"not set here (found {shown(value)}): {REFUSED.get(name) or FORMER[name]}"
+        return f"not set here (found {shown_under((name,), value)}): {REFUSED.get(name) or FORMER[name]}"
     if name not in _sft_fields() and name not in OWN:
-        return f"unknown key (found {shown(value)}), expected a field of trl's SFTConfig{_nearest(name)}"
+        return f"unknown key (found {shown_under((name,), value)}), expected a field of trl's SFTConfig{_nearest(name)}"
     try:
         _adapter(name).validate_python(value)
     except ValidationError:

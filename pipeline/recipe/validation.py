@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pipeline.recipe.json_schema import Schema, all_keys, arms, known_keys, recipe_schema, schema_at
 from pipeline.recipe.nodes import Node, edited
-from pipeline.recipe.problems import KeyPath, Problem, close_names, display_key, shown
+from pipeline.recipe.problems import KeyPath, Problem, close_names, display_key, shown, shown_under
 from pipeline.recipe.schema import Recipe
 from pipeline.recipe.section import Contradiction
 from pipeline.recipe.training import sft_contradictions, sft_field_names, training_problems
@@ -132,7 +132,7 @@ def unknown_key(path: KeyPath, value: Any) -> str:
     """What to say of a key that its section does not have: the keys it has, and the one that was meant."""
     *above, last = path
     siblings = known_keys(schema_at(above) or {})
-    message = f"unknown key (found {shown(value)}), expected one of {', '.join(siblings)}"
+    message = f"unknown key (found {shown_under(path, value)}), expected one of {', '.join(siblings)}"
     near = difflib.get_close_matches(str(last), siblings, n=1)
     if near:
         return f"{message}; did you mean {display_key([*above, near[0]])}?"
