@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import CONFIG_NAME, cached_file
 
 from pipeline.errors import UserError
-from pipeline.hub import check_local, hub_errors
+from pipeline.hub import PICKLES, check_local, hub_errors
 from pipeline.recipe import schema
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -59,6 +59,7 @@ def load_config(base: schema.Base, zero: int = 0) -> transformers.PretrainedConf
         config = AutoConfig.from_pretrained(
             base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
         )
+    check_no_pickle(base)
     prequantized = config.to_dict().get("quantization_config")
     if prequantized is not None:
         method = prequantized.get("quant_method", "an unknown method")
@@ -73,6 +74,18 @@ def load_config(base: schema.Base, zero: int = 0) -> transformers.PretrainedConf
                 f"{base.quantization!r}.\nSet base.quantization=none to use it as it is, or name the 16-bit model."
             )
     return config
+
+
+def check_no_pickle(base: schema.Base) -> None:
+    """Refuse a folder whose weights are pickles, which can run code when they are read.
+
+    Raises:
+        UserError: names the files, and how to convert them.
+    """
+    folder = Path(base.model)
+    pickles = sorted(file.name for file in folder.glob("*.bin")) if folder.is_dir() else []
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise UserError(f"base.model: {folder} has no weights in safetensors, but {', '.join(pickles[:3])}.\n{PICKLES}")
 
 
 def check_length(config: transformers.PretrainedConfig, base: schema.Base, max_length: int) -> None:
@@ -131,9 +144,10 @@ def load_base(base: schema.Base, device: torch.device | None = None) -> transfor
         device: where to put it; this process's accelerator by default. Under ZeRO-3 DeepSpeed places it.
 
     Raises:
-        UserError: not found, gated, unreachable, or without weights.
+        UserError: not found, gated, unreachable, or without weights in safetensors.
     """
     check_local(base.model, "base.model")
+    check_no_pickle(base)
     device = device or default_device()
     quantization = quantization_config(base)
     # even None would replace the settings that an already quantised base brings along
@@ -146,6 +160,7 @@ def load_base(base: schema.Base, device: torch.device | None = None) -> transfor
             device_map=None if is_deepspeed_zero3_enabled() else {"": device},
             attn_implementation=base.attention,
             trust_remote_code=base.trust_remote_code,
+            use_safetensors=True,
             **quantized,
         )
     keep_training_kernel(model)

@@ -23,6 +23,11 @@ from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 
+PICKLES = (
+    "A pickle can run code when it is read, so none is. Take a model in safetensors, or convert this one where you "
+    "trust it: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), and its tokenizer likewise."
+)
+
 
 def looks_like_path(name: str) -> bool:
     """Whether a name can only be meant as a local path: Hub ids are ``name`` or ``owner/name``."""
@@ -78,6 +83,13 @@ def _hub_message(name: str, key: str, error: BaseException) -> str | None:
         )
     if status in (401, 403):
         return f"{key}: the Hub refused {name!r} (HTTP {status}). Run `hf auth login` or set HF_TOKEN."
+    if any("cannot be loaded with `safetensors`" in str(e) for e in causes):  # transformers' words, 5.23
+        return f"{key}: {name!r} has no weights in safetensors.\n{PICKLES}"
+    if any("trust_remote_code=True" in str(e) for e in causes):
+        return (
+            f"{key}: {name!r} brings Python code of its own, and base.trust_remote_code is false.\n"
+            "Read that code; then set base.trust_remote_code=true, with the commit that you read in base.revision."
+        )
     unreachable = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError)
     if any(isinstance(e, unreachable) or "couldn't connect" in str(e).lower() for e in causes):
         return (

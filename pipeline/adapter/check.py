@@ -19,6 +19,7 @@ from pipeline.adapter.files import (
     AdapterSettings,
     adapter_dropout,
     adapter_rank,
+    check_weights_file,
     load_adapter,
     read_peft_config,
     settings_of,
@@ -130,11 +131,8 @@ def stored_shapes(folder: Path) -> dict[str, Shape]:
     Raises:
         UserError: no such file; truncated; not a safetensors file.
     """
+    check_weights_file(folder)
     file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
-        found = f"{pickles[0]}, a pickle, which can run code when it is read" if pickles else "none"
-        raise UserError(f"{file}: no such file (found: {found}).\nExpected the adapter's weights as safetensors.")
     try:
         with safe_open(file, framework="pt") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

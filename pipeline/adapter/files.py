@@ -150,6 +150,15 @@ def check_adapter_folder(folder: Path) -> None:
         )
 
 
+def check_weights_file(folder: Path) -> None:
+    """Raise ``UserError`` where an adapter's weights are no safetensors: peft would take a pickle instead."""
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
+        found = f"{pickles[0]}, a pickle, which can run code when it is read" if pickles else "none"
+        raise UserError(f"{file}: no such file (found: {found}).\nExpected the adapter's weights as safetensors.")
+
+
 def _refuse_export(folder: Path) -> None:
     """Raise ``UserError`` for an export that is no adapter, and name the run that it was made from."""
     manifest = read_manifest(folder)
@@ -188,6 +197,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         UserError: the folder holds no adapter.
     """
     check_adapter_folder(folder)
+    check_weights_file(folder)
     with without_false_warnings():
         # peft's own choice of a device is the first GPU, whichever is this process's
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False, torch_device=str(model.device))
