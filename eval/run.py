@@ -23,6 +23,7 @@ from eval.analysis.analyse import analyse
 from eval.lm import EnsembleLM
 from eval.lm.kept import kept_answers
 from eval.lm.sharing import total
+from eval.nodes import adapter_on_every_node
 from eval.prompt import TrainingPrompt
 from eval.results import SystemScores, add_records, add_stderrs, our_section, write_folder
 from eval.score_table import score_table
@@ -63,6 +64,15 @@ def evaluate(
     """
     started = now()
     check_writable("--output", output_root / recipe.name)
+    group = process_group()
+    with adapter_on_every_node(adapter, group) as folder:
+        return _evaluated(recipe, folder, output_root, progress, group, started)
+
+
+def _evaluated(
+    recipe: Recipe, adapter: Path, output_root: Path, progress: bool, group: dist.ProcessGroup | None, started: str
+) -> Path | None:
+    """:func:`evaluate`, with an adapter that every process can read."""
     settings = read_settings(adapter)
     check_base(recipe.base, adapter)
     check_settings(settings, recipe, adapter)
@@ -77,7 +87,6 @@ def evaluate(
             print(f"warning: {warning}", flush=True)
     tasks = load_tasks(recipe.eval)
     prompt = TrainingPrompt(recipe).render if recipe.eval.prompt == "training" else None
-    group = process_group()
     tokenizer = load_tokenizer(recipe.base)
     finished: dict[str, SystemScores] = {}
     with memory_advice(recipe.eval):

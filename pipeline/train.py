@@ -28,6 +28,7 @@ from pipeline.interrupt import InterruptCallback
 from pipeline.json_file import write_json
 from pipeline.lora_dropout import LoraDropout
 from pipeline.model_card import write_model_card
+from pipeline.nodes import check_same_everywhere
 from pipeline.observation.progress import PlainWordsCallback
 from pipeline.preflight.execution import Choice, execution_in_force
 from pipeline.preflight.numbers import model_shape
@@ -87,11 +88,12 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
     splits = cached_splits(recipe, tokenizer)
     origin = origin_of(recipe, splits, overwrite)
+    arguments = sft_config(recipe, folder, origin.accumulation)
+    check_same_everywhere(folder, origin.in_words)
     if origin.finished:
         if is_main():
             print(f"{folder}: this run is finished, with this very recipe, data and base; nothing is left to train")
         return folder
-    arguments = sft_config(recipe, folder, origin.accumulation)
     choice = _execution(recipe, origin, execution_in_force(recipe, shape, _tokens_per_row(splits)))
     record = {**provenance(recipe, splits.sources), "execution": choice.reason}
 

@@ -37,6 +37,12 @@ class Origin:
     progress: Progress | None = None
     """Of one of those checkpoints: what all of them share (ranks, rows per step, execution) holds."""
 
+    @property
+    def in_words(self) -> str:
+        """What this process sees."""
+        run = "a finished run" if self.finished else "no finished run"
+        return f"{run}, {'no checkpoint' if self.progress is None else f'a checkpoint after step {self.progress.step}'}"
+
 
 def origin_of(recipe: Recipe, splits: Splits, overwrite: bool) -> Origin:
     """What ``training.resume`` means here; from small files only, the same on every rank.
