@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from tqdm import tqdm
+
+from pipeline.observation.status import Task
 
 
 @contextmanager
@@ -21,6 +25,32 @@ def quiet(logger_name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
+class CountedBar(tqdm):
+    """A progress bar whose count a status file can read, from another thread."""
+
+    current: ClassVar[CountedBar | None] = None
+    """The one that is on the screen."""
+
+    def __init__(self, total: int, done: int, what: str, disable: bool) -> None:
+        """With the time left, as lm-eval draws its own."""
+        super().__init__(total=total, initial=done, desc=f"Computing {what}", disable=disable)
+        self.what, self.began = what, time.monotonic()
+        if not disable:
+            CountedBar.current = self
+
+    def close(self) -> None:
+        """The task is done."""
+        super().close()
+        if CountedBar.current is self:
+            CountedBar.current = None
+
+
 def progress_bar(total: int, done: int, what: str, disable: bool) -> tqdm:
-    """With the time left, as lm-eval draws its own."""
-    return tqdm(total=total, initial=done, desc=f"Computing {what}", disable=disable)
+    """Of an evaluation, with the time left."""
+    return CountedBar(total, done, what, disable)
+
+
+def current_task() -> Task | None:
+    """What an evaluation in this process is computing, if anything."""
+    bar = CountedBar.current
+    return None if bar is None else Task(bar.what, int(bar.total), int(bar.n), int(bar.initial), bar.began)

@@ -13,7 +13,7 @@ F weights of the frozen layers, A of the adapter, W attention width summed over 
 tokens that are trained (trl's fused head computes no others, and their logits a second time in the backward pass),
 N mask instances: the objective asks for each. MFU, as in PaLM, is model FLOPs over what the devices can do in the same
 time; HFU is that of the hardware's. Padding, masks, norms, softmax, routing, unpacking of 4-bit weights and
-the optimizer count in neither, and every layer is taken to have full attention.
+the optimizer count in neither; every layer is taken to have full attention, and to be recomputed to its end.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def base_work(model: PreTrainedModel, adapter: int) -> TokenWork | None:
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not head]
     experts = [weight for weight in model.parameters() if weight.dim() == EXPERT_DIMENSIONS]
-    met = settings.get("num_experts_per_tok", settings.get("experts_per_token"))
-    if experts and met is None:
+    met = settings.get("num_experts_per_tok", settings.get("experts_per_token")) if experts else 0
+    if met is None:
         return None
     width = settings.get("head_dim") or text.hidden_size // text.num_attention_heads
     return TokenWork(
-        frozen=sum(module.weight.numel() for module in linear) + sum(met * weight[0].numel() for weight in experts),
+        frozen=sum(module.weight.numel() for module in linear) + met * sum(weight[0].numel() for weight in experts),
         head=head.weight.numel(),
         attention=text.num_hidden_layers * text.num_attention_heads * width,
         adapter=adapter,

@@ -69,7 +69,7 @@ class RankLogHandler(logging.FileHandler):
         self._warned = False
         super().__init__(file, encoding="utf-8")
         self.setFormatter(JsonLines())
-        if _ends_within_a_line(file):
+        if _ends_within_a_line(file) and self.stream is not None:
             self.stream.write("\n")
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -102,10 +102,11 @@ def rank_log(folder: Path) -> Iterator[None]:
     LOG.info("process", extra={"host": socket.gethostname(), "pid": os.getpid(), "ranks": world_size()})
     try:
         yield
-    except BaseException as error:
-        LOG.error("error", exc_info=True, extra={"kind": type(error).__name__, "message_text": str(error)})
+    except Exception as error:
+        LOG.error("error", exc_info=True, extra={"kind": type(error).__name__, "text": str(error)})
         raise
     finally:
+        LOG.info("process ends", extra={"pid": os.getpid()})
         for logger in loggers:
             logger.removeHandler(handler)
         with suppress(OSError):  # what could not be written has been told

@@ -15,21 +15,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.exit_status import INTERRUPTED, STOPPED
 from pipeline.processes import is_main, rank, world_size
 from pipeline.supervision.pulse import Pulse
 
 STATUS_FILE = "status.json"
 
 State = Literal["running", "stopped", "finished", "failed"]
-
-STOPPED = (75, 130)
-"""Exit statuses of a run that a signal stopped, with a checkpoint (launch/command.py)."""
 
 MISSED_BEATS, GRACE_SECONDS = 3, 5.0
 """A running process that has missed so many heartbeats, and this long for a slow file system, is taken for gone."""
@@ -88,12 +86,18 @@ class Task:
     """What an evaluation is computing; its progress bar counts."""
 
     what: str
-    done: int
     total: int
-    started: float
+    done: int
+    before: int
+    """Of those done, what was known from the start and took no time."""
+    began: float
     """``time.monotonic()``."""
-    done_before: int
-    """From kept answers: they took no time."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the mean speed so far; None before anything was computed."""
+        computed = self.done - self.before
+        return (self.total - self.done) * (time.monotonic() - self.began) / computed if computed else None
 
 
 class RunStatus:
@@ -102,40 +106,42 @@ class RunStatus:
     The main thread changes ``now`` and calls :meth:`write`; :meth:`beat` is for the heartbeat's thread.
     """
 
-    def __init__(self, folder: Path, heartbeat_seconds: float = 10.0) -> None:
+    def __init__(self, folder: Path, heartbeat_seconds: float = 10.0, evaluates: bool = False) -> None:
         """Start an attempt; those before are counted in the file that is there.
 
         Args:
             folder: of the run; it exists.
             heartbeat_seconds: between two calls of :meth:`beat`.
+            evaluates: the run is trained, and what is known of that stays.
         """
         self.file = folder / STATUS_FILE
-        self.task: Task | None = None
+        self.task: Callable[[], Task | None] = lambda: None
+        """Gives what an evaluation is computing."""
+        self._pulse: Pulse | None = None
         self._writes = is_main()
         self._lock = threading.Lock()
         self._warned = False
-        before = read_status(folder) if self._writes else None
-        self.now = Status(
+        before = (read_status(folder) if self._writes else None) or Status(attempts=0)
+        trained = before if evaluates else Status(attempts=before.attempts + 1, last_checkpoint=before.last_checkpoint)
+        self.now = replace(
+            trained,
+            state="running",
+            phase="evaluating" if evaluates else "starting",
+            seconds_left=None,
             host=socket.gethostname(),
             rank=rank(),
             pid=os.getpid(),
             ranks=world_size(),
             started=_now(),
             heartbeat_seconds=heartbeat_seconds,
-            attempts=(before.attempts if before else 0) + 1,
-            last_checkpoint=before.last_checkpoint if before else None,
+            message=None,
+            exit_status=None,
         )
         self.write()
 
     def beat(self, pulse: Pulse) -> None:
-        """Take over what the main thread says it does, or how it ended, and write: a sign of life."""
-        if self.now.state != "running":
-            return
-        self.now.phase = pulse.phase
-        self.now.step, self.now.steps = max(pulse.step, self.now.step), max(pulse.steps, self.now.steps)
-        if pulse.exit_status is not None:
-            self.now.state, self.now.exit_status = state_of(pulse.exit_status), pulse.exit_status
-            self.now.message, self.now.seconds_left, self.task = pulse.message or None, None, None
+        """A sign of life: write, with what the main thread says it does or how it ended, now and from now on."""
+        self._pulse = pulse
         self.write()
 
     def write(self) -> None:
@@ -143,6 +149,7 @@ class RunStatus:
         if not self._writes or not self._lock.acquire(timeout=PATIENCE):
             return
         try:
+            self._follow_pulse()
             self._count_task()
             self.now.updated = _now()
             aside = self.file.with_name(f".{STATUS_FILE}.{self.now.pid}")
@@ -153,14 +160,23 @@ class RunStatus:
         finally:
             self._lock.release()
 
+    def _follow_pulse(self) -> None:
+        """Phase, step and end as the main thread tells the heartbeat."""
+        pulse, now = self._pulse, self.now
+        if pulse is None:
+            return
+        now.phase, now.step, now.steps = pulse.phase, max(pulse.step, now.step), max(pulse.steps, now.steps)
+        if pulse.exit_status is not None:
+            now.state, now.exit_status = state_of(pulse.exit_status), pulse.exit_status
+            now.message, now.seconds_left = pulse.message or None, None
+
     def _count_task(self) -> None:
-        """Progress of the evaluation, from its bar."""
-        task = self.task
+        """Progress of an evaluation."""
+        task = self.task()
         self.now.task = task.what if task else None
         self.now.share = task.done / task.total if task and task.total else None
-        if task is not None:
-            computed, seconds = task.done - task.done_before, time.monotonic() - task.started
-            self.now.seconds_left = (task.total - task.done) * seconds / computed if computed else None
+        if task is not None and self.now.state == "running":
+            self.now.seconds_left = task.seconds_left
 
     def _warn(self, error: OSError) -> None:
         if self._warned:
@@ -174,7 +190,7 @@ def state_of(exit_status: int) -> State:
     """How a run ended, from the status that its command exits with (launch/command.py)."""
     if exit_status == 0:
         return "finished"
-    return "stopped" if exit_status in STOPPED else "failed"
+    return "stopped" if exit_status in (STOPPED, INTERRUPTED) else "failed"
 
 
 def read_status(folder: Path) -> Status | None:
@@ -186,7 +202,12 @@ def read_status(folder: Path) -> Status | None:
     if not isinstance(found, dict):
         return None
     known = {field.name for field in fields(Status)}  # of another version, more keys or fewer
-    return Status(**{key: value for key, value in found.items() if key in known})
+    status = Status(**{key: value for key, value in found.items() if key in known})
+    try:
+        age_seconds(status)
+    except (TypeError, ValueError):
+        return None
+    return status
 
 
 def age_seconds(status: Status) -> float:
