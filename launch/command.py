@@ -1,31 +1,55 @@
-"""How every command ends: 0 done, 2 bad input (said without a traceback), 130 interrupted (typer's)."""
+"""How every command ends.
+
+    0  finished
+    1  a bug, with a traceback; or another process of the run was killed
+    2  bad input, or a run that cannot go on as it is (disk full, diverged): the message says what to change
+   70  hung: no progress for supervision.hang_minutes, ended by the watchdog
+   75  stopped by SIGTERM or SIGUSR1, or with its launcher
+  130  stopped by Ctrl-C
+
+After 70, 75 and 130 the same command goes on from the newest checkpoint. These are the statuses of each process;
+what launchers make of them is said in pipeline/exit_status.py.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
+from typing import NoReturn
 
 import typer
 
 from pipeline.errors import UserError
-from pipeline.processes import is_main, rank
+from pipeline.exit_status import BAD_INPUT, FAILED, INTERRUPTED
+from pipeline.processes import is_main, launched, rank
 from pipeline.redaction import redacted
+from pipeline.supervision.ending import leave
+from pipeline.supervision.watch import Interrupted, LostRank, Watch, watching
 
-BAD_INPUT = 2
-INTERRUPTED = 130
+__all__ = ["BAD_INPUT", "INTERRUPTED", "run_command", "told_errors"]
+
+STATUSES = (
+    "Exit status: 0 finished; 1 a bug, or another process was killed; 2 bad input, or a run that cannot go on as "
+    "it is; 70 hung; 75 stopped by SIGTERM or SIGUSR1; 130 stopped by Ctrl-C. After the last three the same command "
+    "goes on."
+)
+
+OTHERS_SECONDS = 5.0
+"""How long a process other than the first waits for the launcher to end it, as it does where all found the same."""
 
 
-def _print_error(message: str) -> None:
-    """On the screen in full from the first process; one line from each other, which mostly found the same."""
+def _print_error(message: str, in_full: bool) -> None:
+    """On the screen; in one line from processes that mostly found the same as the first."""
     from rich.console import Console
     from rich.text import Text
 
     message = redacted(message).encode(errors="backslashreplace").decode()  # names of files need not be text
     if not is_main():
-        message = f"(process {rank()}) {message.splitlines()[0]}"
+        message = f"(process {rank()}) {message if in_full else message.splitlines()[0]}"
     Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(message))
 
 
@@ -35,19 +59,60 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 @contextmanager
-def told_errors() -> Iterator[None]:
-    """Say bad input in words, and exit with its status."""
+def told_errors(watch: Watch | None = None) -> Iterator[None]:
+    """Say bad input in words, and exit with its status.
+
+    Args:
+        watch: of a command whose processes end together; None, of any other.
+    """
     sys.excepthook = _print_traceback
     try:
         yield
     except UserError as error:
-        _print_error(str(error))
-        sys.exit(BAD_INPUT)
+        in_full = is_main() or watch is None or watch.failed_first
+        _print_error(str(error), in_full)
+        if not in_full and not _ended_by_launcher():
+            _print_error(str(error), in_full=True)  # this process alone found it
+        _exit(BAD_INPUT)
+    except Interrupted as error:
+        if is_main():
+            print(f"\n{error}", file=sys.stderr)
+        _exit(error.status)
+    except LostRank as error:
+        assert watch is not None
+        watch.end(error.status, str(error), speaks=True)
+    except Exception as error:
+        if not launched():
+            raise
+        print(f"process {rank()} failed:", file=sys.stderr)
+        _print_traceback(type(error), error, error.__traceback__)
+        _exit(FAILED)
 
 
-def run_command(command: Callable[..., None]) -> None:
-    """Parse the command line, run, and exit with the status that tells what happened."""
+def _ended_by_launcher() -> bool:
+    """Wait for the launcher, which ends all processes once one has failed."""
+    try:
+        time.sleep(OTHERS_SECONDS)
+    except Interrupted:
+        return True
+    return False
+
+
+def _exit(status: int) -> NoReturn:
+    """Among others without python's clean-up, which may wait for a process that is gone."""
+    if launched():
+        leave(status)
+    sys.exit(status)
+
+
+def run_command(command: Callable[..., None], watched: bool = False) -> None:
+    """Parse the command line, run, and exit with the status that tells what happened.
+
+    Args:
+        command: its options are the command line's.
+        watched: whether it trains or evaluates: signals end it with words and its launcher's end ends it.
+    """
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    application.command()(command)
-    with told_errors():
+    application.command(epilog=STATUSES if watched else None)(command)
+    with watching() if watched else nullcontext() as watch, told_errors(watch):
         application()

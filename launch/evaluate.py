@@ -42,4 +42,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    run_command(evaluate)
+    run_command(evaluate, watched=True)

@@ -49,4 +49,4 @@ def sft(
 
 
 if __name__ == "__main__":
-    run_command(sft)
+    run_command(sft, watched=True)

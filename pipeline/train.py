@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,6 @@ from pipeline.data import Splits, cached_splits
 from pipeline.distributed import adapter_weights, check_launch, zero_stage
 from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
-from pipeline.interrupt import InterruptCallback
 from pipeline.json_file import write_json
 from pipeline.lora_dropout import LoraDropout
 from pipeline.model_card import write_model_card
@@ -46,6 +47,9 @@ from pipeline.run_folder import (
     run_folder,
 )
 from pipeline.run_lock import only_run
+from pipeline.supervision.bad_steps import StepGuard
+from pipeline.supervision.callback import SupervisionCallback
+from pipeline.supervision.supervisor import supervised
 from pipeline.trainer import LoraDropoutTrainer
 
 
@@ -63,13 +67,11 @@ def train(recipe: Recipe, overwrite: bool = False) -> Path:
 
     Raises:
         UserError: bad input, or out of memory.
-        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
+        Interrupted: a signal, once the checkpoint is written.
+        LostRank: another rank failed first.
     """
-    try:
-        with only_run(run_folder(recipe)):
-            return _trained(recipe, overwrite)
-    except torch.OutOfMemoryError as error:  # while the base loads as well as in a step
-        raise UserError(out_of_memory_advice(recipe)) from error
+    with only_run(run_folder(recipe)), _memory_advice(recipe):
+        return _trained(recipe, overwrite)
 
 
 def _trained(recipe: Recipe, overwrite: bool) -> Path:
@@ -108,31 +110,47 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
         else:
             continue_run_folder(recipe, read_progress(checkpoint).step)
     PartialState().wait_for_everyone()
-    interrupt = InterruptCallback()
-    trainer = LoraDropoutTrainer(
-        recipe=recipe,
-        model=model,
-        arguments=arguments,
-        tokenizer=tokenizer,
-        train=splits.laid_out,
-        evaluation=_measured(splits),
-        callbacks=[interrupt],
-        execution=choice.execution,
-        identity=origin.identity,
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(PlainWordsCallback(folder / HISTORY_FILE))  # in its place
-    _announce(trainer, splits, choice, told(origin, checkpoint))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if interrupt.interrupted:
-        if is_main():
-            print(f"\nInterrupted at step {trainer.state.global_step}; checkpoints are in {folder / 'checkpoints'}")
-        raise KeyboardInterrupt
-    _write_results(trainer, recipe, {**record, "finished": now()}, folder)
-    trainer.accelerator.free_memory()
-    del trainer, model
-    _release_memory()
+    with supervised(folder, recipe.supervision) as supervisor, _memory_advice(recipe):
+        supervisor.pulse.progress("loading")
+        guard = StepGuard(recipe.supervision, float16=recipe.base.dtype == "float16")
+        trainer = LoraDropoutTrainer(
+            recipe=recipe,
+            model=model,
+            arguments=arguments,
+            tokenizer=tokenizer,
+            train=splits.laid_out,
+            evaluation=_measured(splits),
+            callbacks=[],
+            execution=choice.execution,
+            identity=origin.identity,
+            guard=guard,
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(PlainWordsCallback(folder / HISTORY_FILE))  # in its place
+        supervision = SupervisionCallback(supervisor, guard)
+        trainer.add_callback(supervision)  # last
+        _announce(trainer, splits, choice, told(origin, checkpoint))
+        with supervisor.watch.deferring():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if supervision.stopped:
+                raise supervisor.watch.interrupted()
+            _write_results(trainer, recipe, {**record, "finished": now()}, folder)
+        if supervisor.watch.stop is not None:
+            supervisor.watch.kept = f"after training; the adapter is in {folder}, and the same command evaluates it"
+            raise supervisor.watch.interrupted()
+        trainer.accelerator.free_memory()
+        del trainer, model
+        _release_memory()
     return folder
+
+
+@contextmanager
+def _memory_advice(recipe: Recipe) -> Iterator[None]:
+    """Context in which a lack of memory, while the base loads or in a step, is told with what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory_advice(recipe)) from error
 
 
 def _execution(recipe: Recipe, origin: Origin, choice: Choice) -> Choice:

@@ -12,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -38,6 +39,7 @@ from pipeline.observation.step_norms import StepNorms
 from pipeline.observation.throughput import Throughput
 from pipeline.preflight.numbers import Execution, flat
 from pipeline.recipe import Recipe
+from pipeline.supervision.bad_steps import StepGuard
 
 PURPOSE = "train"
 
@@ -62,6 +64,7 @@ class LoraDropoutTrainer(SFTTrainer):
         execution: Execution | None = None,
         throughput: Throughput | None = None,
         identity: dict[str, Any] | None = None,
+        guard: StepGuard | None = None,
     ) -> None:
         """Put the adapter on the base and get ready.
 
@@ -76,6 +79,7 @@ class LoraDropoutTrainer(SFTTrainer):
             execution: how instances run; None, as the recipe says, and ``auto`` is batched.
             throughput: what measures speed; None: one that knows no FLOPs.
             identity: of the experiment, for its checkpoints: :func:`pipeline.checkpoint.identity.identity_of`.
+            guard: what sees bad steps; None, a new one, which nobody asks.
 
         Raises:
             UserError: an adapted layer that cannot be masked; a rate for a module without an adapter; examples that are
@@ -106,6 +110,7 @@ class LoraDropoutTrainer(SFTTrainer):
         if recipe.adapter.method == "adalora":
             self.allocation = RankAllocation(self.adapted, self.accelerator, recipe.adapter.adalora)
             self.add_callback(self.allocation)
+        self.guard = guard or StepGuard(recipe.supervision)
         self.norms = StepNorms()
         self.add_callback(self.norms)
         self.add_callback(SaveAfterEvaluation())
@@ -125,6 +130,14 @@ class LoraDropoutTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         assert isinstance(model, PeftModel)
         return model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """torch's, before DeepSpeed takes it; bad steps are seen from it."""
+        known = self.optimizer
+        optimizer = super().create_optimizer(model)
+        if optimizer is not known:
+            self.guard.watch(optimizer)
+        return optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -171,6 +184,7 @@ class LoraDropoutTrainer(SFTTrainer):
         micro-batch, and into no other. There every rank adds it, and averaging over ranks leaves it as it is.
         """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.guard.loss(loss)
         if self.allocation is None or not self.accelerator.sync_gradients:
             return loss
         term = self.allocation.config.orth_reg_weight * orthogonality_loss(self.adapted)
@@ -182,6 +196,7 @@ class LoraDropoutTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """:meth:`training_step` without AdaLoRA."""
         rows, lengths = inputs.pop("row"), inputs.pop("lengths", None)
+        self.guard.rows(rows)
         if self.dropout is None:
             return super().training_step(model, inputs, num_items_in_batch)
         items = None if num_items_in_batch is None else num_items_in_batch * self.copies
@@ -336,6 +351,7 @@ class LoraDropoutTrainer(SFTTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         self.norms.gradient(norm)
+        self.guard.gradient(norm)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -343,6 +359,8 @@ class LoraDropoutTrainer(SFTTrainer):
         if "loss" in logs:
             logs.update(self.norms.averages(self.args.max_grad_norm))
             logs.update(self.throughput.since_last(self._total_train_tokens))
+            if self.guard.bad:
+                logs["bad_steps"] = self.guard.bad
         super().log(logs, start_time)
 
     def prediction_step(
