@@ -1,0 +1,426 @@
+"""Disk full, damaged checkpoints, changed inputs, a rank out of memory: each ends in a clear message or in recovery.
+
+    python tests/faults/inject.py --folder /tmp/faults [--only disk,damage] [--seed 1]
+
+Every case is a real run of `launch/sft.py`. Where a run goes on afterwards, its logged numbers and its final adapter
+must be those of a run that met no fault, bit for bit. Prints a table; exits with 1 where a case ends otherwise than it
+should. Needs root for the disks (a tmpfs of a few MiB) and for the limit of memory (a control group); skips what it may
+not do and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from faults.runs import (
+    Attempt,
+    Setting,
+    Trajectory,
+    checkpoints,
+    damaged,
+    digest,
+    newest_whole,
+    resumed_step,
+    trajectory,
+    two_layers,
+    write_recipe,
+)
+
+ADAPTER = "adapter_model.safetensors"
+SETTING = Setting(zero=2)
+DISK = 200  # MiB: three checkpoints of 30 and what is left free beside them
+MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+class Skipped(Exception):
+    """The machine does not allow a case; why."""
+
+
+@dataclass
+class Place:
+    """Where the cases run, and the run that met no fault."""
+
+    folder: Path
+    base: Path
+    draw: random.Random
+    launcher: str = "python"
+    whole: Trajectory | None = None
+    adapter: str = ""
+    template: Path | None = None  # a run that was killed at step 7, with checkpoints 3 and 6
+
+    @property
+    def run(self) -> Path:
+        """The folder of every case's run, one after another."""
+        return self.folder / "outputs" / "faulty"
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "faulty.yaml"
+
+    @property
+    def last(self) -> int:
+        """Step of the run."""
+        assert self.whole is not None
+        return max(step for step, _ in self.whole)
+
+    def start(self, *arguments: str, launcher: str | None = None) -> Attempt:
+        number = len(list(self.folder.glob("*.log")))
+        return Attempt(launcher or self.launcher, self.recipe, self.folder / f"{number}.log", arguments)
+
+    def restore(self) -> None:
+        """The interrupted run, as it was."""
+        assert self.template is not None
+        shutil.rmtree(self.run, ignore_errors=True)
+        shutil.copytree(self.template, self.run)
+
+    def ends_alike(self, attempt: Attempt) -> str:
+        """Why the finished run is not the one that met no fault; empty where it is."""
+        status = attempt.status()
+        if status != 0:
+            return f"exits with {status}: {last_words(attempt)}"
+        found, problems = trajectory(self.run)
+        if problems or found != self.whole:
+            return f"another trajectory {problems}"
+        return "" if digest(self.run / ADAPTER) == self.adapter else "another adapter"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one case."""
+
+    what: str
+    status: int | None
+    said: str
+    problem: str = ""
+
+    def __str__(self) -> str:
+        verdict = f"WRONG: {self.problem}" if self.problem else "as it should"
+        said = "\n".join(f"      {line}" for line in self.said.splitlines()[:6])
+        return f"{self.what} | status {self.status} | {verdict}\n{said}"
+
+
+def last_words(attempt: Attempt) -> str:
+    """The error message, or the end of what was said."""
+    said = attempt.said()
+    found = re.search(r"^error: .*(\n(?!\[|Traceback|$).*)*", said, re.MULTILINE)
+    return found[0] if found else said[-600:]
+
+
+def refused(what: str, attempt: Attempt, words: str, statuses: tuple[int, ...] = (2,)) -> Outcome:
+    """A run that must end with a message of these words (a regular expression) and no traceback."""
+    status, said = attempt.status(), attempt.said()
+    message = last_words(attempt)
+    problem = ""
+    if status not in statuses:
+        problem = f"status {status}, expected {statuses}"
+    elif not re.search(words, message):
+        problem = f"the message has not {words!r}"
+    elif "Traceback" in said:
+        problem = "a traceback: " + said[said.index("Traceback") :][-1500:]
+    return Outcome(what, status, message, problem)
+
+
+def recovered(what: str, place: Place, attempt: Attempt, words: str = "") -> Outcome:
+    """A run that must end as if there had been no fault, having said these words."""
+    problem = place.ends_alike(attempt)
+    said = attempt.said()
+    lines = [line for line in said.splitlines() if re.search(r"(?i)warning: |resum|go(es|ing) on from|damage", line)]
+    if not problem and words and not re.search(words, said):
+        problem = f"nothing says {words!r}"
+    return Outcome(what, attempt.process.returncode, "\n".join(lines), problem)
+
+
+def wait_until(attempt: Attempt, reached: Callable[[], bool], patience: float = 200) -> None:
+    """Poll; it must come to that before the command ends."""
+    deadline = time.monotonic() + patience
+    while not reached():
+        if attempt.process.poll() is not None or time.monotonic() > deadline:
+            attempt.end()
+            raise RuntimeError(f"it never came to that: {attempt.said()[-3000:]}")
+        time.sleep(0.002)
+
+
+def logged(run: Path, step: int) -> Callable[[], bool]:
+    """Whether the step is in the history."""
+    file = run / "history.jsonl"
+    return lambda: file.exists() and f'"step": {step},' in file.read_text()
+
+
+def prepare(folder: Path, draw: random.Random) -> Place:
+    """The run without a fault, and the interrupted one that cases start from."""
+    place = Place(folder, two_layers(folder), draw)
+    write_recipe(folder, place.base, "faulty", SETTING)
+    attempt = place.start()
+    if attempt.status() != 0:
+        raise RuntimeError(attempt.said()[-3000:])
+    place.whole, problems = trajectory(place.run)
+    assert not problems
+    place.adapter = digest(place.run / ADAPTER)
+    shutil.rmtree(place.run)
+    attempt = place.start()
+    wait_until(attempt, logged(place.run, 8))
+    attempt.kill("all ranks")
+    attempt.gone_after(30)
+    assert [step for step in checkpoints(place.run)] == [3, 6], list(checkpoints(place.run))
+    place.template = shutil.copytree(place.run, folder / "template")
+    return place
+
+
+# disks
+
+
+@contextmanager
+def small_disk(place: Place) -> Iterator[Path]:
+    """The folder ``outputs`` on a disk of its own."""
+    disk = place.folder / "outputs"
+    shutil.rmtree(disk, ignore_errors=True)
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "none", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        raise Skipped(f"no tmpfs may be mounted: {mounted.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True, capture_output=True)
+
+
+def fill(disk: Path, leave: int = 0) -> None:
+    """Take all but ``leave`` bytes."""
+    free = shutil.disk_usage(disk).free - leave
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(free, 1))
+        except OSError:
+            return
+
+
+def disk(place: Place) -> Iterator[Outcome]:
+    """Full when a checkpoint is due, while nothing but logs is written, and at the final adapter; read-only."""
+    with small_disk(place) as room:
+        attempt = place.start()
+        wait_until(attempt, lambda: 3 in checkpoints(place.run))
+        fill(room, leave=20 * 2**20)
+        yield refused("disk too small for the second checkpoint", attempt, "(?i)free|space|full")
+        kept = newest_whole(place.run)
+        (room / "filler").unlink()
+        outcome = recovered("... and with room again", place, place.start())
+        yield outcome if kept == 3 else replace(outcome, problem=f"the newest whole checkpoint was {kept}, not 3")
+    with small_disk(place) as room:
+        attempt = place.start()
+        wait_until(attempt, lambda: any((place.run / "checkpoints").glob(".checkpoint-6.part")))
+        fill(room)
+        yield refused("disk full within the second checkpoint", attempt, "(?i)space|full")
+        kept, leftovers = newest_whole(place.run), list((place.run / "checkpoints").glob(".*"))
+        (room / "filler").unlink()
+        outcome = recovered("... and with room again", place, place.start())
+        good = kept == 3 and not leftovers
+        yield outcome if good else replace(outcome, problem=f"checkpoint {kept}, leftovers {leftovers}")
+    with small_disk(place) as room:
+        attempt = place.start("training.save_steps=100")
+        wait_until(attempt, logged(place.run, place.draw.randint(2, 9)))
+        fill(room)
+        yield refused("disk full in history, status and TensorBoard writes", attempt, "(?i)space|full")
+        (room / "filler").unlink()
+        yield recovered("... and with room again", place, place.start())
+    with small_disk(place) as room:
+        attempt = place.start("training.save_strategy=no")
+        wait_until(attempt, logged(place.run, place.last))
+        fill(room, leave=100_000)
+        yield refused("disk full at the final adapter", attempt, "(?i)space|full")
+        half = (place.run / ADAPTER).exists()
+        (room / "filler").unlink()
+        outcome = recovered("... and with room again", place, place.start())
+        yield outcome if not half else replace(outcome, problem="half an adapter lay there under its own name")
+    with small_disk(place) as room:
+        remount(room, "ro")
+        yield refused("read-only output", place.start(), "(?i)read-only")
+    with small_disk(place) as room:
+        shutil.copytree(place.template, place.run)
+        remount(room, "ro")
+        yield refused("read-only output that holds an interrupted run", place.start(), "(?i)read-only")
+
+
+# checkpoints
+
+
+def damage(place: Place) -> Iterator[Outcome]:
+    """Each file of the newest checkpoint in turn: truncated, one bit flipped, missing; then all checkpoints."""
+    assert place.template is not None
+    files = sorted(path.name for path in (place.template / "checkpoints" / "checkpoint-6").iterdir())
+    ways = ["truncated", "flipped", "missing"]
+    place.draw.shuffle(ways)
+    for number, name in enumerate(files):
+        place.restore()
+        way = ways[number % 3]
+        damaged(place.run / "checkpoints" / "checkpoint-6" / name, way, place.draw)
+        attempt = place.start()
+        outcome = recovered(f"checkpoint-6/{name} {way}", place, attempt, "checkpoint-6")
+        resumed = resumed_step(attempt.said())
+        yield (
+            outcome
+            if resumed == 3 or outcome.problem
+            else Outcome(outcome.what, outcome.status, outcome.said, f"went on from {resumed}, not 3")
+        )
+    place.restore()
+    for step in (3, 6):
+        damaged(place.run / "checkpoints" / f"checkpoint-{step}" / "optimizer.safetensors", "flipped", place.draw)
+    attempt = place.start()
+    if attempt.status() == 0:
+        yield recovered("every checkpoint damaged", place, attempt, "checkpoint-3")
+    else:
+        yield refused("every checkpoint damaged", attempt, "checkpoint-3")
+    place.restore()
+    folder = place.run / "checkpoints" / "checkpoint-6"
+    damaged(folder / "state.json", "flipped", place.draw)
+    attempt = place.start(f"training.resume={folder}")
+    yield refused("training.resume is the path of a damaged checkpoint", attempt, "state.json")
+
+
+# inputs
+
+
+def inputs(place: Place) -> Iterator[Outcome]:
+    """Data, base or recipe that are others than at the start."""
+    rows = place.folder / "rows.jsonl"
+    kept = rows.read_text()
+    lines = [json.loads(line) for line in kept.splitlines()]
+    changes = {
+        "one answer of the data changed": [*lines[:5], {**lines[5], "output": "17"}, *lines[6:]],
+        "two rows of the data swapped": [lines[1], lines[0], *lines[2:]],
+        "the data's last row gone": lines[:-1],
+    }
+    for what, changed in changes.items():
+        place.restore()
+        rows.write_text("".join(json.dumps(line) + "\n" for line in changed))
+        yield refused(what, place.start(), r"data|rows\.jsonl")
+        rows.write_text(kept)
+    place.restore()
+    weights = place.base / "model.safetensors"
+    kept_weights = weights.read_bytes()
+    damaged(weights, "flipped", place.draw)
+    yield refused("one bit of the base's weights changed", place.start(), "base")
+    weights.write_bytes(kept_weights)
+    os.utime(weights, (1, 1))
+    place.restore()
+    yield recovered("the base's weights written anew, as they were", place, place.start())
+    place.restore()
+    yield refused(
+        "another recipe",
+        place.start("training.learning_rate=0.01", "adapter.dropout.rate=0.3", "seed=4"),
+        r"(?s)(?=.*learning_rate)(?=.*dropout\.rate)(?=.*seed)",
+    )
+    place.restore()
+    yield recovered("harmless keys changed", place, place.start("training.logging_first_step=true"))
+    place.restore()
+    yield refused("resume=never beside an unfinished run", place.start("training.resume=never"), "never|already holds")
+
+
+# processes
+
+
+def processes(place: Place) -> Iterator[Outcome]:
+    """A rank that runs out of memory, a folder that goes away, two runs at once."""
+    yield from out_of_memory(place)
+    shutil.rmtree(place.run, ignore_errors=True)
+    attempt = place.start()
+    wait_until(attempt, logged(place.run, 4))
+    shutil.rmtree(place.run, ignore_errors=True)
+    outcome = refused("the run's folder is removed while it trains", attempt, "(?i)no such|gone|removed|exist")
+    yield outcome
+    yield recovered("... and started again", place, place.start())
+    shutil.rmtree(place.run, ignore_errors=True)
+    first = place.start()
+    wait_until(first, lambda: (place.run / "recipe.yaml").exists())
+    second = place.start()
+    yield refused("a second run into the folder", second, r"process \d+ on .* is training|already holds")
+    yield recovered("... and the first one", place, first)
+
+
+def out_of_memory(place: Place) -> Iterator[Outcome]:
+    """The kernel's out-of-memory killer takes rank 1: its control group allows it nothing more."""
+    group = MEMORY_GROUPS / f"lora-dropout-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(4 * 2**20))
+    except OSError as error:
+        yield Outcome("rank 1 out of memory", None, f"SKIPPED: no control group for memory ({error})")
+        return
+    try:
+        shutil.rmtree(place.run, ignore_errors=True)
+        attempt = place.start(launcher="torchrun")
+        wait_until(attempt, logged(place.run, 7))
+        victim = attempt.ranks()[1]
+        start = time.monotonic()
+        (group / "cgroup.procs").write_text(str(victim.pid))
+        status = attempt.status(120)
+        took = time.monotonic() - start
+        killed = "oom_kill 1" in (group / "memory.oom_control").read_text()
+        problem = "" if status != 0 and killed and took < 60 else f"killed by the kernel: {killed}, in {took:.0f} s"
+        words = "\n".join(
+            line for line in attempt.said().splitlines() if re.search(r"(?i)error|signal|died|gone", line)
+        )
+        yield Outcome(f"rank 1 of 2 out of memory (control group); all ended in {took:.1f} s", status, words, problem)
+        again = place.start(launcher="torchrun")
+        again.status()
+        interrupted = place.run.rename(place.folder / "interrupted")
+        whole = place.start(launcher="torchrun")
+        whole.status()
+        problem = "" if same_runs(interrupted, place.run) else "not the run that met no fault"
+        said = f"from step {resumed_step(again.said())}"
+        yield Outcome("... and started again, against a whole run", again.process.returncode, said, problem)
+    finally:
+        group.rmdir()
+
+
+def same_runs(one: Path, other: Path) -> bool:
+    """Logged numbers and adapter."""
+    return trajectory(one) == trajectory(other) and digest(one / ADAPTER) == digest(other / ADAPTER)
+
+
+CASES = {"disk": disk, "damage": damage, "inputs": inputs, "processes": processes}
+
+
+def main() -> None:
+    """Run, print the table, exit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    parser.add_argument("--only", type=lambda names: names.split(","), default=list(CASES))
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True)
+    print(f"--seed {arguments.seed}", flush=True)
+    place = prepare(arguments.folder.resolve(), random.Random(arguments.seed))
+    wrong = 0
+    for name in arguments.only:
+        try:
+            for outcome in CASES[name](place):
+                print(outcome, flush=True)
+                wrong += bool(outcome.problem)
+        except Skipped as reason:
+            print(f"{name}: SKIPPED: {reason}", flush=True)
+    print(f"{wrong} cases ended otherwise than they should")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

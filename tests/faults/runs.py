@@ -1,0 +1,302 @@
+"""Real training runs for the tests of faults: a small recipe, its launch, its processes, and what it left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ports import free_port
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = Path(sys.executable).parent
+TAG = "LORA_DROPOUT_FAULT_RUN"
+"""In the environment of every process of one launch, so that orphans are found."""
+
+RECIPE = """
+name: {name}
+seed: 3
+output: {folder}/outputs
+base: {{model: {base}, quantization: {quantization}, dtype: {dtype}}}
+adapter: {{rank: {rank}, alpha: 8, dropout: {{rate: 0.5, instances: 2, sampling: {sampling}}}}}
+data:
+  train: [{{path: {folder}/rows.jsonl, prompt: "{{{{ instruction }}}}\\nAnswer:"}}]
+  validation: {{fraction: 0.13, probe_rows: 4}}
+  max_length: 32
+training: {{num_train_epochs: 2, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, logging_steps: 1,
+           eval_strategy: steps, eval_steps: 5, gradient_checkpointing: false, save_strategy: steps,
+           save_steps: {save_steps}, save_total_limit: 2, learning_rate: 1.0e-3, optim: adamw_torch}}
+distributed: {{zero: {zero}}}
+supervision: {{heartbeat_seconds: 1, hang_minutes: 3}}
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained: 61 rows of training, 8 steps an epoch with two ranks, the last one short."""
+
+    zero: int = 2
+    sampling: str = "instance"
+    quantization: str = "none"
+    rank: int = 256  # 30 MB of optimizer state: a checkpoint takes long enough to be hit
+    save_steps: int = 3  # never at the end of an epoch
+
+    def __str__(self) -> str:
+        return f"zero{self.zero}-{self.sampling}-{self.quantization}"
+
+
+def write_recipe(folder: Path, base: Path, name: str, setting: Setting) -> Path:
+    """A recipe in ``folder``, and its 70 rows if they are not there yet."""
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        draw = random.Random(0)
+        numbers = [(draw.randint(0, 99), draw.randint(0, 99)) for _ in range(70)]
+        lines = [{"instruction": f"Add {a} and {b}.", "input": "", "output": str(a + b)} for a, b in numbers]
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = folder / f"{name}.yaml"
+    dtype = "float32" if setting.quantization == "none" else "bfloat16"
+    recipe.write_text(
+        RECIPE.format(
+            name=name,
+            folder=folder,
+            base=base,
+            dtype=dtype,
+            quantization=setting.quantization,
+            rank=setting.rank,
+            sampling=setting.sampling,
+            save_steps=setting.save_steps,
+            zero=setting.zero,
+        )
+    )
+    return recipe
+
+
+def environment(tag: str) -> dict[str, str]:
+    """One thread in every process: another number adds in another order, and the last bits differ."""
+    return {
+        **os.environ,
+        TAG: tag,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+def launch_command(launcher: str) -> list[str]:
+    """``python`` starts one process, the others two."""
+    return {
+        "python": [sys.executable],
+        "deepspeed": [str(SCRIPTS / "deepspeed"), "--num_gpus", "2", "--master_port", free_port()],
+        "torchrun": [str(SCRIPTS / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    }[launcher]
+
+
+@dataclass
+class Attempt:
+    """One start of the command."""
+
+    launcher: str
+    recipe: Path
+    log: Path
+    arguments: tuple[str, ...] = ()
+    tag: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        """Start it; what it says goes to the log."""
+        command = [*launch_command(self.launcher), str(REPOSITORY / "launch" / "sft.py"), str(self.recipe), "--no-eval"]
+        with self.log.open("w") as said:
+            self.process = subprocess.Popen(
+                [*command, *self.arguments],
+                env=environment(self.tag),
+                cwd=REPOSITORY,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.started = time.monotonic()
+
+    def processes(self) -> list[psutil.Process]:
+        """All that live and stem from this start, orphans too."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                # a zombie has no environment, and is dead
+                if process.pid != os.getpid() and process.environ().get(TAG) == self.tag:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The training processes."""
+        found = {}
+        for process in self.processes():
+            try:
+                rank = process.environ().get("RANK")
+                parent = process.parent()
+                forked = parent is not None and parent.environ().get("RANK") is not None
+            except psutil.Error:
+                continue
+            if rank is not None and not forked:
+                found[int(rank)] = process
+        return found
+
+    def kill(self, what: str) -> list[int]:
+        """SIGKILL; ``launcher``, ``node launcher`` (deepspeed's second process), ``all ranks`` or ``rank <r>``."""
+        ranks = self.ranks()
+        if what == "launcher" or not ranks:  # nothing else is there yet
+            hit = [psutil.Process(self.process.pid)]
+        elif what == "node launcher":
+            hit = [parent for parent in [next(iter(ranks.values())).parent()] if parent is not None]
+        elif what == "all ranks":
+            hit = list(ranks.values())
+        else:
+            rank = int(what.removeprefix("rank "))
+            hit = [ranks[rank]] if rank in ranks else list(ranks.values())
+        for process in hit:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        return [process.pid for process in hit]
+
+    def gone_after(self, patience: float) -> float | None:
+        """Seconds until the last process of this start is gone; None if that takes longer, and then they are ended."""
+        start = time.monotonic()
+        while time.monotonic() - start < patience:
+            self.process.poll()  # else it stays a zombie
+            if not self.processes():
+                self.process.wait()
+                return time.monotonic() - start
+            time.sleep(0.3)
+        self.end()
+        return None
+
+    def end(self) -> None:
+        """SIGKILL to all that is left."""
+        for process in self.processes():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+    def status(self, patience: float = 400) -> int:
+        """Exit status of the command, waited for; it and its children are ended after ``patience`` seconds."""
+        try:
+            return self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+VOLATILE = ("time", "tokens_per_second", "peak_memory_bytes")
+"""What differs between equal runs; other keys that name times or rates are left out by :func:`trajectory` too."""
+
+EXACT = ("loss", "learning_rate", "gradient_norm", "clip_fraction", "update_norm", "epoch")
+EXACT_MEASURED = (
+    "validation_loss",
+    "validation_loss_stderr",
+    "probe_loss",
+    "probe_loss_stderr",
+    "generalization_gap",
+    "epoch",
+)
+
+Trajectory = dict[tuple[int, str], dict[str, float]]
+
+
+def trajectory(folder: Path) -> tuple[Trajectory, list[str]]:
+    """What ``history.jsonl`` holds, by step and kind; and its problems: torn lines, or a step that is there twice."""
+    found: Trajectory = {}
+    problems = []
+    file = folder / "history.jsonl"
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], start=1):
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:
+            problems.append(f"line {number} is torn")
+            continue
+        kind, keys = ("step", EXACT) if "loss" in record else ("measured", EXACT_MEASURED)
+        place = (record["step"], kind)
+        if place in found:
+            problems.append(f"step {place} is there twice")
+        found[place] = {key: record[key] for key in keys if key in record}
+    return found, problems
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def checkpoint_is_whole(folder: Path) -> bool:
+    """By its manifest, checked here independently of the product: every file, its size and hash."""
+    try:
+        listed = json.loads((folder / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return False
+    present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - {"manifest.json"}
+    return listed.keys() <= present and all(
+        (folder / name).stat().st_size == entry["bytes"] and digest(folder / name) == entry["sha256"]
+        for name, entry in listed.items()
+    )
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """Step to folder, whole or not."""
+    found = (folder / "checkpoints").glob("checkpoint-*")
+    return dict(sorted((int(path.name.removeprefix("checkpoint-")), path) for path in found))
+
+
+def newest_whole(folder: Path) -> int:
+    """Its step; 0 where there is none."""
+    return max((step for step, path in checkpoints(folder).items() if checkpoint_is_whole(path)), default=0)
+
+
+RESUMED = re.compile(r"(?i)resum\w* .*?checkpoint-(\d+)|going on .*?checkpoint-(\d+)|goes on .*?checkpoint-(\d+)")
+
+
+def resumed_step(said: str) -> int:
+    """The step that a command says it goes on from; 0 where it says nothing."""
+    found = [int(next(filter(None, groups))) for groups in RESUMED.findall(said)]
+    return found[0] if found else 0
+
+
+def two_layers(folder: Path) -> Path:
+    """The first two layers of the pocket base, float32."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    base = folder / "base"
+    pocket = REPOSITORY / "recipes" / "pocket" / "base"
+    LlamaForCausalLM.from_pretrained(pocket, num_hidden_layers=2, dtype="float32").save_pretrained(base)
+    AutoTokenizer.from_pretrained(pocket).save_pretrained(base)
+    return base
+
+
+def damaged(file: Path, how: str, draw: random.Random) -> None:
+    """Make the file shorter by a random part, flip a random bit of it, or delete it."""
+    content = bytearray(file.read_bytes())
+    if how == "missing":
+        file.unlink()
+        return
+    if how == "truncated":
+        content = content[: draw.randrange(len(content))]
+    else:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
