@@ -12,12 +12,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.files import listed_checkpoints
+from pipeline.checkpoint.files import listed_checkpoints, remove
 from pipeline.errors import UserError
 from pipeline.json_file import write_json
 from pipeline.recipe import Recipe, recipe_to_yaml
@@ -103,7 +102,10 @@ def holds_run(folder: Path) -> bool:
 def has_finished(folder: Path) -> bool:
     """Whether training came to its end there; what is written last says so."""
     file = folder / PROVENANCE_FILE
-    return file.exists() and "finished" in json.loads(file.read_text())
+    try:
+        return "finished" in json.loads(file.read_bytes())
+    except (OSError, ValueError, TypeError):  # not there, or damaged: then its results are written once more
+        return False
 
 
 def create_run_folder(recipe: Recipe, identity: dict[str, Any]) -> Path:
@@ -114,8 +116,7 @@ def create_run_folder(recipe: Recipe, identity: dict[str, Any]) -> Path:
         identity: see :func:`pipeline.checkpoint.identity.identity_of`.
     """
     folder = run_folder(recipe)
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
     folder.mkdir(parents=True)
     (folder / RECIPE_FILE).write_text(recipe_to_yaml(recipe))
     write_json(folder / IDENTITY_FILE, identity)
@@ -138,5 +139,16 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     A last line without its end, which a process that was killed or a full disk leaves, does not count.
     """
     file = folder / HISTORY_FILE
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return [_record(file, number, line) for number, line in enumerate(lines, start=1) if line.endswith(b"\n")]
+
+
+def _record(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    """A line of the history. Raises ``UserError`` for one that holds no record."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}, line {number}: not JSON ({error}); the file was damaged or edited") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise UserError(f"{file}, line {number}: expected a record with a step; the file was damaged or edited")
+    return record

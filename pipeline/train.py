@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from pipeline.adapter.files import save_adapter, settings_of
+from pipeline.adapter.files import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, save_adapter, settings_of
 from pipeline.arguments import check_reporters, sft_config
 from pipeline.base import check_device, check_length, load_base, load_config, load_tokenizer
+from pipeline.checkpoint.files import synchronise
 from pipeline.checkpoint.optimizer import check_optimizer
 from pipeline.checkpoint.resume import Origin, origin_of, told, whole_checkpoint
 from pipeline.checkpoint.training_state import read_progress
@@ -30,10 +34,16 @@ from pipeline.json_file import write_json
 from pipeline.lora_dropout import LoraDropout
 from pipeline.model_card import write_model_card
 from pipeline.nodes import check_same_everywhere
+from pipeline.observation.flops import empty_base_work, own_peak_flops, recipe_work
+from pipeline.observation.observer import RunObserver
 from pipeline.observation.progress import PlainWordsCallback
+from pipeline.observation.rank_log import rank_log
+from pipeline.observation.status import RunStatus
+from pipeline.observation.throughput import Throughput
+from pipeline.preflight.estimate import ModelShape
 from pipeline.preflight.execution import Choice, execution_in_force
 from pipeline.preflight.numbers import model_shape
-from pipeline.processes import is_main
+from pipeline.processes import is_main, launched, world_size
 from pipeline.provenance import now, provenance
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
@@ -53,7 +63,7 @@ from pipeline.supervision.supervisor import supervised
 from pipeline.trainer import LoraDropoutTrainer
 
 
-def train(recipe: Recipe, overwrite: bool = False) -> Path:
+def train(recipe: Recipe, overwrite: bool = False, evaluated: bool = False) -> Path:
     """Train the adapter that the recipe describes; every rank calls it.
 
     Everything that can be refused is refused before the base is loaded.
@@ -61,6 +71,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> Path:
     Args:
         recipe: resolved.
         overwrite: delete a run of the same name.
+        evaluated: this command evaluates the adapter next, and the run's status says "finished" only after that.
 
     Returns:
         The run's folder, which is the adapter's.
@@ -71,10 +82,10 @@ def train(recipe: Recipe, overwrite: bool = False) -> Path:
         LostRank: another rank failed first.
     """
     with only_run(run_folder(recipe)), _memory_advice(recipe):
-        return _trained(recipe, overwrite)
+        return _trained(recipe, overwrite, evaluated)
 
 
-def _trained(recipe: Recipe, overwrite: bool) -> Path:
+def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
     """The stages of :func:`train`, in order."""
     if is_main():  # on other nodes another folder may bear its name
         check_run_folder(recipe, overwrite)
@@ -96,6 +107,7 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
         if is_main():
             print(f"{folder}: this run is finished, with this very recipe, data and base; nothing is left to train")
         return folder
+    throughput = _throughput(recipe, config, shape, splits)
     choice = _execution(recipe, origin, execution_in_force(recipe, shape, _tokens_per_row(splits)))
     record = {**provenance(recipe, splits.sources), "execution": choice.reason}
 
@@ -110,7 +122,9 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
         else:
             continue_run_folder(recipe, read_progress(checkpoint).step)
     PartialState().wait_for_everyone()
-    with supervised(folder, recipe.supervision) as supervisor, _memory_advice(recipe):
+    status = RunStatus(folder, recipe.supervision.heartbeat_seconds, goes_on=evaluated)
+    watched = supervised(folder, recipe.supervision, [status.beat])
+    with rank_log(folder), watched as supervisor, _memory_advice(recipe):
         supervisor.pulse.progress("loading")
         guard = StepGuard(recipe.supervision, float16=recipe.base.dtype == "float16")
         trainer = LoraDropoutTrainer(
@@ -122,11 +136,13 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
             evaluation=_measured(splits),
             callbacks=[],
             execution=choice.execution,
+            throughput=throughput,
             identity=origin.identity,
             guard=guard,
         )
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(PlainWordsCallback(folder / HISTORY_FILE))  # in its place
+        trainer.add_callback(RunObserver(status))
         supervision = SupervisionCallback(supervisor, guard)
         trainer.add_callback(supervision)  # last
         _announce(trainer, splits, choice, told(origin, checkpoint))
@@ -142,6 +158,17 @@ def _trained(recipe: Recipe, overwrite: bool) -> Path:
         del trainer, model
         _release_memory()
     return folder
+
+
+def _throughput(recipe: Recipe, config: transformers.PretrainedConfig, shape: ModelShape, splits: Splits) -> Throughput:
+    """What measures speed, with the FLOPs of this base, adapter and data; before ZeRO-3 cuts new models into shards."""
+    work = empty_base_work(config, recipe, shape.adapter_parameters)
+    peak = own_peak_flops(recipe.base.dtype)
+    return Throughput(
+        work=None if work is None else recipe_work(work, recipe, splits.train),
+        peak_flops=None if peak is None else peak * world_size(),
+        communication=launched() and recipe.distributed.communication_log,
+    )
 
 
 @contextmanager
@@ -212,14 +239,29 @@ def masked_layers_in_words(dropout: LoraDropout | None) -> str:
 
 
 def _write_results(trainer: LoraDropoutTrainer, recipe: Recipe, record: dict[str, Any], folder: Path) -> None:
-    """Adapter, provenance and model card; every rank takes part in gathering the weights."""
+    """Adapter, model card, and last the provenance, which says that the run is finished; every rank takes part.
+
+    Raises:
+        UserError: on every rank: they could not be written.
+    """
     weights = adapter_weights(trainer.adapted)
+    problem: list[str | None] = [None]
     if is_main():
-        save_adapter(trainer.adapted, weights, settings_of(recipe.adapter, recipe.seed), folder)
-        write_json(folder / PROVENANCE_FILE, record)
-        write_model_card(recipe, record, read_history(folder), folder)
-        print(f"adapter written to {folder}")
-    trainer.accelerator.wait_for_everyone()
+        try:
+            save_adapter(trainer.adapted, weights, settings_of(recipe.adapter, recipe.seed), folder)
+            write_model_card(recipe, record, read_history(folder), folder)
+            for name in (WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE):
+                synchronise(folder / name)
+            write_json(folder / PROVENANCE_FILE, record)
+            print(f"adapter written to {folder}")
+        except (OSError, SafetensorError) as error:
+            problem = [
+                f"{folder}: the adapter could not be written: {error}\n"
+                "Make room, then run the same command again: it goes on from the newest checkpoint."
+            ]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(problem[0])
 
 
 def out_of_memory_advice(recipe: Recipe) -> str:

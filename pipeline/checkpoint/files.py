@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from pipeline.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
@@ -73,7 +75,7 @@ def write_checkpoint(folder: Path, step: int, write_files: Callable[[Path], None
         The checkpoint's folder.
 
     Raises:
-        OSError: the disk is full or broken; what had been written is gone again, older checkpoints are untouched.
+        OSError, SafetensorError: the disk is full or broken; what had been written is gone again, older checkpoints are untouched.
     """
     final = checkpoint_folder(folder, step)
     part, replaced = folder / f".{final.name}.part", folder / f".{final.name}.replaced"
@@ -92,7 +94,7 @@ def write_checkpoint(folder: Path, step: int, write_files: Callable[[Path], None
         (part / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
         synchronise(part / MANIFEST_FILE)
         synchronise(part)
-    except OSError:
+    except (OSError, SafetensorError):  # safetensors has its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
         raise
     if final.exists():  # the same step, saved again after its evaluation

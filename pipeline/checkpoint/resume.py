@@ -185,9 +185,12 @@ def _newest_of(source: Path) -> tuple[str | None, str | None]:
     for line in damaged:
         print(f"warning: left aside, damaged: {line}")
     if checkpoint is None:
-        if damaged:
-            print("warning: no checkpoint is whole: the run begins anew")
-        return None, None
+        listed = "\n".join(f"  {line}" for line in damaged)
+        error = (
+            f"{source}: none of the checkpoints is whole:\n{listed}\nThe disk, or a copy, may be at fault. Pass "
+            "--overwrite to delete what is there and begin anew, or give this run another name (name=...)."
+        )
+        return None, error if damaged else None
     if not (checkpoint.folder / STATE_FILE).exists():
         return None, (
             f"{checkpoint.folder}: holds the adapter only (training.save_only_model), from which training cannot go on."

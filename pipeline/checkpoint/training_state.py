@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import socket
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
@@ -126,7 +128,7 @@ def _written(
         check_space(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values())))
         write_checkpoint(folder, step, write_files)
         delete_old(folder, trainer.args.save_total_limit, trainer.state.best_global_step)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         return f"the checkpoint of step {step} could not be written: {error}\n{_kept(folder)}"
     return None
 
@@ -141,15 +143,43 @@ def _kept(folder: Path) -> str:
 
 def _small_state(trainer: LoraDropoutTrainer) -> dict[str, Any]:
     assert trainer.lr_scheduler is not None
+    used = _used_groups(trainer.inner_optimizer)
+    groups = itertools.compress(trainer.inner_optimizer.param_groups, used)
     return {
         **asdict(trainer.progress()),
-        "scheduler": trainer.lr_scheduler.state_dict(),
-        "rates": [
-            {key: group[key] for key in ("lr", "initial_lr") if key in group}
-            for group in trainer.inner_optimizer.param_groups
-        ],
+        "scheduler": _of_used(trainer.lr_scheduler.state_dict(), used),
+        "rates": [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in groups],
         "loss_scale": _loss_scale(trainer),
     }
+
+
+def _used_groups(optimizer: Any) -> list[bool]:
+    """Which of the optimizer's groups have parameters. transformers makes one for what does not decay, which is empty
+    for an adapter, and DeepSpeed leaves such groups out: in a checkpoint they do not count."""
+    sharded = not isinstance(optimizer, torch.optim.Optimizer)  # DeepSpeed's: none is empty
+    return [sharded or bool(group["params"]) for group in optimizer.param_groups]
+
+
+def _of_used(scheduler: dict[str, Any], used: list[bool]) -> dict[str, Any]:
+    """A scheduler's state; of its lists by group, the entries of groups that have parameters."""
+    return {
+        key: list(itertools.compress(value, used)) if _by_group(value, used) else value
+        for key, value in scheduler.items()
+    }
+
+
+def _of_all(saved: dict[str, Any], fresh: dict[str, Any], used: list[bool]) -> dict[str, Any]:
+    """The inverse, for a scheduler whose state is ``fresh`` so far: empty groups keep what they have."""
+    return {
+        key: [saved[key][sum(used[:n])] if used[n] else entry for n, entry in enumerate(value)]
+        if _by_group(value, used)
+        else saved[key]
+        for key, value in fresh.items()
+    }
+
+
+def _by_group(value: Any, used: list[bool]) -> bool:
+    return isinstance(value, list) and len(value) == len(used)
 
 
 def _loss_scale(trainer: LoraDropoutTrainer) -> dict[str, Any]:
@@ -186,8 +216,10 @@ def restore_training_state(trainer: LoraDropoutTrainer, checkpoint: Path) -> Non
     restore_optimizer_states(optimizer, parameters, _read_states(trainer.adapted, checkpoint))
     small = json.loads((checkpoint / STATE_FILE).read_bytes())
     assert trainer.lr_scheduler is not None
-    trainer.lr_scheduler.load_state_dict(small["scheduler"])
-    for group, rates in zip(trainer.inner_optimizer.param_groups, small["rates"], strict=True):
+    used = _used_groups(trainer.inner_optimizer)
+    trainer.lr_scheduler.load_state_dict(_of_all(small["scheduler"], trainer.lr_scheduler.state_dict(), used))
+    groups = itertools.compress(trainer.inner_optimizer.param_groups, used)
+    for group, rates in zip(groups, small["rates"], strict=True):
         group.update(rates)
     _restore_loss_scale(trainer, small["loss_scale"])
     trainer.restore_tokens(small["tokens"])
