@@ -17,9 +17,10 @@ from pipeline.data.load import load_rows, read_raw
 from pipeline.data.packing import packed_rows
 from pipeline.data.tokenise import IGNORED
 from pipeline.errors import UserError
-from pipeline.preflight.estimate import Batch, ModelShape, RankMemory, checkpoint_bytes, checkpoints_on_disk, in_words
+from pipeline.preflight.estimate import PLAIN, Batch, ModelShape, RankMemory, in_words
 from pipeline.preflight.execution import Choice, check_shared_weight, chosen_execution, device_memory
 from pipeline.preflight.numbers import batch_of, memory_by_stage, model_shape, numerics_of
+from pipeline.preflight.storage import checkpoint_bytes, checkpoints_on_disk
 from pipeline.recipe import Recipe, schema
 from pipeline.recipe.training import resolved_training
 from pipeline.run_folder import check_run_folder, run_folder
@@ -46,9 +47,15 @@ class Disk:
     """Forecast for the run's folder."""
 
     checkpoint: int
-    """Bytes of one."""
+    """Bytes of one, under a launcher."""
+    plain_checkpoint: int
+    """The same under plain ``python``."""
     checkpoints: int
     """Most at once."""
+    newest: int | None
+    """Of them, how many of the newest stay; None, all."""
+    best: bool
+    """Whether the best one stays besides."""
     adapter: int
     """Bytes of the finished adapter."""
     free: int
@@ -182,15 +189,18 @@ def disk_forecast(recipe: Recipe, shape: ModelShape, run: Batch) -> Disk:
     existing = run_folder(recipe).absolute()
     while not existing.exists():
         existing = existing.parent
+    strategy, interval = training["save_strategy"], training["save_steps"]
+    if strategy == "best":  # at evaluations
+        strategy, interval = training["eval_strategy"], training["eval_steps"] or training["logging_steps"]
+    best = training["metric_for_best_model"] is not None
+    epochs, limit = run.steps / run.steps_per_epoch, training["save_total_limit"]
+    resumable = not training["save_only_model"]
     return Disk(
-        checkpoint=checkpoint_bytes(shape, numerics, zero, run.processes, not training["save_only_model"]),
-        checkpoints=checkpoints_on_disk(
-            training["save_strategy"],
-            training["save_steps"],
-            run.steps,
-            run.steps / run.steps_per_epoch,
-            training["save_total_limit"],
-        ),
+        checkpoint=checkpoint_bytes(shape, numerics, zero, run.processes, resumable),
+        plain_checkpoint=checkpoint_bytes(shape, numerics, PLAIN, 1, resumable),
+        checkpoints=checkpoints_on_disk(strategy, interval, run.steps, epochs, limit, best),
+        newest=limit,
+        best=best,
         adapter=shape.adapter_parameters * numerics.width,
         free=shutil.disk_usage(existing).free,
     )

@@ -1,4 +1,4 @@
-"""What a run needs, by arithmetic: steps, bytes of memory per rank, bytes on disk.
+"""What a run needs, by arithmetic: steps, bytes of memory per rank. For the disk see ``storage.py``.
 
 Pure functions of numbers, so that each can be checked by hand. Exact: parameters, steps, weights, gradients, optimizer
 states. Rough, and said to be so where it is shown: activations and working memory, to which the CUDA context and the
@@ -36,6 +36,8 @@ class ModelShape:
     """Of them, those of the largest layer."""
     adapter_parameters: int
     """Trained ones."""
+    adapter_tensors: int
+    """Tensors that they make up."""
     layers: int
     """Decoder layers."""
     hidden: int
@@ -306,50 +308,7 @@ def _share(size: int, processes: int, sharded: bool) -> int:
     return math.ceil(size / processes) if sharded else size
 
 
-# Disk ----------------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_bytes(
-    shape: ModelShape, numerics: Numerics, zero: int | None, processes: int, resumable: bool = True
-) -> int:
-    """Bytes of one checkpoint: the adapter, its optimizer states, and what DeepSpeed writes besides.
-
-    DeepSpeed writes the adapter a second time, and leaves frozen parameters out but not bitsandbytes' constants
-    (deepspeed 0.19): once below ZeRO-3, for each rank under ZeRO-3.
-
-    Args:
-        shape: of base and adapter.
-        numerics: how they are stored.
-        zero: stage, or ``PLAIN``.
-        processes: ranks.
-        resumable: false for SFTConfig's ``save_only_model``, which leaves the optimizer out.
-    """
-    trained = shape.adapter_parameters
-    adapter = trained * (4 if zero is PLAIN else numerics.width)
-    if not resumable:
-        return adapter
-    importances = trained * numerics.importance_bytes
-    if zero is PLAIN:
-        return adapter + trained * numerics.moments_bytes + importances
-    constants = quantization_constants_bytes(shape.quantizable, numerics) * (processes if zero == 3 else 1)
-    return 2 * adapter + trained * (4 + numerics.moments_bytes) + constants + importances
-
-
-def checkpoints_on_disk(strategy: str, save_steps: float, steps: int, epochs: float, limit: int | None) -> int:
-    """Most checkpoints that lie on disk at once: one more than the limit, since the oldest goes after the newest came.
-
-    Args:
-        strategy: SFTConfig's ``save_strategy``.
-        save_steps: its ``save_steps``; below 1 a share of all steps.
-        steps: of the whole run.
-        epochs: of the whole run.
-        limit: its ``save_total_limit``.
-    """
-    if strategy == "no":
-        return 0
-    interval = save_steps if save_steps >= 1 else max(math.ceil(save_steps * steps), 1)
-    saves = math.ceil(epochs) if strategy == "epoch" else math.ceil(steps / interval)
-    return saves if limit is None else min(saves, limit + 1)
+# Words ---------------------------------------------------------------------------------------------------------------
 
 
 def in_words(size: float) -> str:

@@ -14,6 +14,7 @@ from pipeline.adapter.config import check_target_modules, freeze_rank_numbers, l
 from pipeline.adapter.dropout import recipe_dropout
 from pipeline.lora_dropout.masks import padded
 from pipeline.preflight.estimate import PLAIN, Batch, ModelShape, Numerics, RankMemory, batch, rank_memory
+from pipeline.preflight.storage import optimizer_bytes
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
 
@@ -39,12 +40,14 @@ def model_shape(config: transformers.PretrainedConfig, recipe: Recipe) -> ModelS
     freeze_rank_numbers(adapted)
     dropout = recipe_dropout(adapted, recipe)
     layers = dropout.layers if dropout else {}
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     text = config.get_text_config()
     return ModelShape(
         parameters=parameters,
         quantizable=sum(module.weight.numel() for module in linear),
         largest_linear=max((module.weight.numel() for module in linear), default=0),
-        adapter_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        adapter_parameters=sum(parameter.numel() for parameter in trained),
+        adapter_tensors=len(trained),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         heads=text.num_attention_heads,
@@ -102,7 +105,7 @@ def numerics_of(recipe: Recipe) -> Numerics:
         eager_attention=recipe.base.attention == "eager",
         dense_mask=flat(recipe) and recipe.base.attention != "flash_attention_2",
         importance_bytes=8 if recipe.adapter.method == "adalora" else 0,
-        moments_bytes=2 if "8bit" in training["optim"] else 8,
+        moments_bytes=optimizer_bytes(training["optim"], training["optim_args"]),
     )
 
 

@@ -146,10 +146,19 @@ def _size(size: int) -> str:
 
 def disk_text(disk: Disk) -> Text:
     """What checkpoints take, and what is free."""
-    checkpoints = (
-        f"{disk.checkpoints} checkpoints of {in_words(disk.checkpoint)} at once" if disk.checkpoints else "none"
+    plain = (
+        f" ({in_words(disk.plain_checkpoint)} under plain python)" if disk.plain_checkpoint != disk.checkpoint else ""
     )
     return Text(
-        f"checkpoints: {checkpoints}; adapter: {in_words(disk.adapter)}; together {in_words(disk.needed)} of "
-        f"{in_words(disk.free)} free"
+        f"a checkpoint: {in_words(disk.checkpoint)}{plain}; {_at_once(disk)}; adapter: {in_words(disk.adapter)}; "
+        f"together {in_words(disk.needed)} of {in_words(disk.free)} free"
     )
+
+
+def _at_once(disk: Disk) -> str:
+    if disk.checkpoints == 0:
+        return "none is saved unless a signal stops the run"
+    if disk.newest is None:
+        return f"all {disk.checkpoints} are kept (training.save_total_limit)"
+    best = ", the best" if disk.best else ""
+    return f"at most {disk.checkpoints} at once (the newest {disk.newest}{best} and the one being written)"

@@ -73,7 +73,7 @@ def test_a_good_recipe(recipe_file: Path) -> None:
     assert findings.choice is not None
     assert findings.choice.reason.startswith("batched (auto): a step takes about ") and findings.choice.reason in text
     assert "ZeRO-2 *" in text
-    assert "2 checkpoints of" in text
+    assert "at most 2 at once (the newest 2 and the one being written)" in text
     assert text.rstrip().endswith("ready")
 
 
@@ -145,8 +145,10 @@ def test_malformed_rows_are_named(recipe_file: Path) -> None:
 def test_a_finished_run_is_a_warning(recipe_file: Path) -> None:
     run = recipe_file.parent / "outputs" / "checked"
     run.mkdir(parents=True)
-    (run / "adapter_model.safetensors").touch()
-    findings = looked_at(recipe_file)
+    for file in ("adapter_model.safetensors", "recipe.yaml"):
+        (run / file).touch()
+    (run / "provenance.json").write_text('{"finished": "today"}')
+    findings = looked_at(recipe_file, "training.resume=never")
     assert findings.errors == []
     assert any("already holds a finished run" in warning for warning in findings.warnings)
 

@@ -38,7 +38,9 @@ from training_support import random_rows, run_worker, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapter.files import load_adapter, read_settings
-from pipeline.base import load_base
+from pipeline.base import load_base, load_config
+from pipeline.preflight.numbers import model_shape, numerics_of
+from pipeline.preflight.storage import checkpoint_bytes
 from pipeline.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -172,6 +174,18 @@ def test_a_resumed_run_draws_what_the_whole_one_would_have(one: Records, samplin
 def test_a_run_on_two_ranks_goes_on_bit_for_bit(two: Records, kind: str) -> None:
     """In the middle of an epoch, with gradient accumulation: losses, gradient norms and the final adapter."""
     assert_goes_on(two[f"saved-{kind}"], two[f"resumed-{kind}"])
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_checkpoints_of_two_ranks_have_the_forecast_size(two: Records, work: Path, kind: str) -> None:
+    """Within 5 %, as launch/check.py says it."""
+    recipe = load_recipe(work / "recipe.yaml", RESUMED[kind])
+    shape = model_shape(load_config(recipe.base), recipe)
+    forecast = checkpoint_bytes(shape, numerics_of(recipe), recipe.distributed.zero, 2)
+    checkpoints = sorted((two[f"saved-{kind}"]["folder"].parent / f"run-saved-{kind}").rglob("checkpoint-*"))
+    assert checkpoints
+    for checkpoint in checkpoints:
+        assert forecast == pytest.approx(sum(file.stat().st_size for file in checkpoint.iterdir()), rel=0.05)
 
 
 def test_the_order_of_grouped_lengths_goes_on(one: Records) -> None:
