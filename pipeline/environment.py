@@ -10,13 +10,18 @@ import sys
 import warnings
 from pathlib import Path
 
+from pipeline.processes import adopt_slurm_task
+
 
 def prepare_environment() -> None:
     """Call first thing in a command, before importing transformers, trl or deepspeed.
 
     Values that the user has set are kept.
     """
+    adopt_slurm_task()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # trl pings the Hub whenever a trainer is built
+    # a base without safetensors is refused; a bot's pull request with some, which transformers would take, is not it
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every fork of a data loader warns
     # torch and bitsandbytes bring an OpenMP pool each; waiting threads of one must not spin on the other's cores
     # (measured: 9 min against 36 s for the same 12 steps on a busy 4-core machine)

@@ -17,3 +17,6 @@ STOPPED = 75
 """Stopped by SIGTERM or SIGUSR1, or with its launcher. The same command goes on from the newest checkpoint."""
 INTERRUPTED = 130
 """Stopped by Ctrl-C (SIGINT). The same command goes on from the newest checkpoint."""
+TERMINATED = 143
+"""As killed by SIGTERM: under ``srun``, which sends it to all processes of a step where one has failed, and reports the
+highest status. Before ranks can agree to stop, this one must not look like STOPPED."""
