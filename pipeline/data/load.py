@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 
 from pipeline.data.prompts import OPTIONAL_COLUMNS, PromptTemplate
 from pipeline.errors import UserError
@@ -16,6 +18,23 @@ from pipeline.recipe import schema
 from pipeline.recipe.schema import FORMAT_COLUMNS
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+READERS = frozenset(module.name for module in pkgutil.iter_modules(datasets.packaged_modules.__path__))
+"""What datasets takes for the reader of a format, and not for a name: given one of them, it would read whatever files
+lie in the working directory."""
+UNREADABLE = (
+    datasets.exceptions.DatasetsError,
+    pyarrow.ArrowException,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RecursionError,
+    StopIteration,
+)
+"""What datasets and pyarrow raise for a damaged file, or for one of another kind than its name says."""
+NO_ROWS = ("BatchSize must be greater than 0", "file size is 0 bytes", "Empty JSON file", "corresponds to no data")
+"""Of their words, those that are said of files without a single row."""
 
 
 def load_rows(sources: list[schema.Source], keys: list[str] | None = None) -> datasets.Dataset:
@@ -58,9 +77,12 @@ def load_source(source: schema.Source, key: str) -> datasets.Dataset:
             )
         return {"prompt": template.render(columns), "completion": row[completion]}
 
-    return raw.map(
-        prompt_and_completion, with_indices=True, remove_columns=raw.column_names, load_from_cache_file=False
-    )
+    try:
+        return raw.map(
+            prompt_and_completion, with_indices=True, remove_columns=raw.column_names, load_from_cache_file=False
+        )
+    except UNREADABLE as error:
+        raise UserError(f"{key}.path: a row of {source.path!r} cannot be read: {_first_line(error)}") from error
 
 
 def _text(value: Any) -> str:
@@ -87,6 +109,8 @@ def read_raw(source: schema.Source, key: str) -> datasets.Dataset:
     check_local(source.path, f"{key}.path")
     path = Path(source.path).expanduser()
     if not path.exists():
+        if source.path in READERS:
+            raise UserError(f"{key}.path: found {source.path!r}, expected a file, a folder, or a data set of the Hub")
         with hub_errors(source.path, f"{key}.path"):
             return datasets.load_dataset(source.path, name=source.subset, split=source.split)
     files = data_files(path, key)
@@ -99,9 +123,18 @@ def read_raw(source: schema.Source, key: str) -> datasets.Dataset:
             problem = first_json_problem(file) if LOADERS[file.suffix] == "json" else None
             if problem:
                 raise UserError(f"{key}.path: {file}, {problem}") from error
-        raise UserError(f"{key}.path: {source.path!r} cannot be read: {error.__cause__ or error}") from error
-    except (ValueError, StopIteration) as error:  # what datasets raises for files without a single row
-        raise UserError(f"{key}.path: {source.path!r} has no rows ({error or 'empty'})") from error
+        raise UserError(
+            f"{key}.path: {source.path!r} cannot be read: {_first_line(error.__cause__ or error)}"
+        ) from error
+    except UNREADABLE as error:
+        if isinstance(error, StopIteration) or any(words in str(error) for words in NO_ROWS):
+            raise UserError(f"{key}.path: {source.path!r} has no rows ({_first_line(error) or 'empty'})") from error
+        raise UserError(f"{key}.path: {source.path!r} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """An error's words; pyarrow adds pages."""
+    return str(error).partition("\n")[0][:300]
 
 
 def data_files(path: Path, key: str) -> list[Path]:
@@ -122,13 +155,15 @@ def first_json_problem(file: Path) -> str | None:
     for row, record in enumerate(_json_records(text), start=1):
         if isinstance(record, json.JSONDecodeError):
             return f"row {row} (line {record.lineno}, column {record.colno}): malformed JSON: {record.msg}"
+        if isinstance(record, RecursionError | ValueError):  # a ValueError that is none of json's: digits
+            return f"row {row}: {'nested too deeply' if isinstance(record, RecursionError) else record}"
         if not isinstance(record, dict):
             return f"row {row}: found {type(record).__name__}, expected an object with the row's columns"
     return None
 
 
 def _json_records(text: str) -> Iterator[Any]:
-    """The records of a JSON array or of JSON lines; a ``JSONDecodeError`` in place of the first that is malformed.
+    """The records of a JSON array or of JSON lines; the error in place of the first that is malformed.
 
     The error's line and column count from the start of ``text``.
     """
@@ -142,7 +177,7 @@ def _json_records(text: str) -> Iterator[Any]:
             return
         try:
             record, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             yield error
             return
         yield record

@@ -98,7 +98,9 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
             tree = self.parse(text)
             refuse(tree)
             return self.from_string(with_checks(tree))
-        except (RecursionError, MemoryError, SyntaxError) as error:  # Python's own limits on nesting
+        except ValueError as error:  # Python's limit on digits
+            raise jinja2.TemplateSyntaxError(str(error), 1) from error
+        except (RecursionError, MemoryError, SyntaxError) as error:  # and on nesting
             raise jinja2.TemplateSyntaxError("nested too deeply", 1) from error
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
