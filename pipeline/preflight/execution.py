@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import psutil
@@ -12,7 +11,7 @@ from accelerate.utils import gather_object
 from pipeline.errors import UserError
 from pipeline.preflight.estimate import PLAIN, ModelShape, RankMemory, in_words
 from pipeline.preflight.numbers import Execution, flat, memory_of
-from pipeline.processes import launched, world_size
+from pipeline.processes import launched, local_world_size, world_size
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
 
@@ -57,7 +56,7 @@ def device_memory(processes_here: int = 1) -> DeviceMemory:
 
 def least_device_memory() -> DeviceMemory:
     """Of the rank that has least, so that all ranks decide alike. Every rank calls it, once training is set up."""
-    own = device_memory(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    own = device_memory(local_world_size())
     everyone = gather_object([(own.free, own.total)]) if launched() else [(own.free, own.total)]
     return DeviceMemory(own.device, min(free for free, _ in everyone), min(total for _, total in everyone))
 
