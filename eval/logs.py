@@ -30,6 +30,8 @@ class CountedBar(tqdm):
 
     current: ClassVar[CountedBar | None] = None
     """The one that is on the screen."""
+    system: ClassVar[str] = ""
+    """What is evaluated, in words."""
 
     def __init__(self, total: int, done: int, what: str, disable: bool) -> None:
         """With the time left, as lm-eval draws its own."""
@@ -53,4 +55,6 @@ def progress_bar(total: int, done: int, what: str, disable: bool) -> tqdm:
 def current_task() -> Task | None:
     """What an evaluation in this process is computing, if anything."""
     bar = CountedBar.current
-    return None if bar is None else Task(bar.what, int(bar.total), int(bar.n), int(bar.initial), bar.began)
+    if bar is None:
+        return None
+    return Task(f"{CountedBar.system}, {bar.what}", int(bar.total), int(bar.n), int(bar.initial), bar.began)

@@ -23,6 +23,7 @@ from eval.analysis.analyse import analyse
 from eval.lm import EnsembleLM
 from eval.lm.kept import kept_answers
 from eval.lm.sharing import total
+from eval.logs import CountedBar, current_task
 from eval.nodes import adapter_on_every_node
 from eval.prompt import TrainingPrompt
 from eval.results import SystemScores, add_records, add_stderrs, our_section, write_folder
@@ -33,10 +34,12 @@ from pipeline.adapter.check import check_adapter, check_settings
 from pipeline.adapter.files import load_adapter, read_settings
 from pipeline.base import load_base, load_tokenizer
 from pipeline.errors import UserError
+from pipeline.observation.evaluation import observed_evaluation
+from pipeline.observation.rank_log import LOG
 from pipeline.processes import is_main, world_size
 from pipeline.provenance import now
 from pipeline.recipe import Recipe, schema
-from pipeline.run_folder import check_writable
+from pipeline.run_folder import check_writable, run_folder
 
 ANSWERS = "answers"
 """Beside the results of all runs of a recipe: finished answers, which the next run takes up."""
@@ -64,9 +67,16 @@ def evaluate(
     """
     started = now()
     check_writable("--output", output_root / recipe.name)
-    group = process_group()
-    with adapter_on_every_node(adapter, group) as folder:
-        return _evaluated(recipe, folder, output_root, progress, group, started)
+    with observed_evaluation(_own_run(recipe, adapter), recipe.supervision.heartbeat_seconds, current_task):
+        group = process_group()
+        with adapter_on_every_node(adapter, group) as folder:
+            return _evaluated(recipe, folder, output_root, progress, group, started)
+
+
+def _own_run(recipe: Recipe, adapter: Path) -> Path | None:
+    """The folder of the recipe's run, if its adapter is the one that is evaluated."""
+    folder = run_folder(recipe)
+    return folder if folder.is_dir() and folder.resolve() == adapter.resolve() else None
 
 
 def _evaluated(
@@ -112,8 +122,10 @@ def _evaluated(
                     warnings.append(f"Kept answers ({name}): {lines} damaged or cut off, and computed again.")
             if name != "base":
                 lm.assert_adapter_active()
+            CountedBar.system = description(name, recipe.eval)
+            LOG.info("system", extra={"system": CountedBar.system, "number": number, "of": len(systems)})
             if progress and is_main():
-                print(f"Evaluating {description(name, recipe.eval)} ({number} of {len(systems)})", flush=True)
+                print(f"Evaluating {CountedBar.system} ({number} of {len(systems)})", flush=True)
             with evaluated.loaded(model):
                 scores = system_scores(lm, tasks, recipe.eval)
                 finished[name] = replace(scores, members=members_record(evaluated))

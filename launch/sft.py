@@ -31,8 +31,10 @@ def sft(
 
     prepare_environment()
     from pipeline.recipe import load_recipe
+    from pipeline.restarts import check_restarts
 
     recipe = load_recipe(recipe_file, overrides or [])
+    check_restarts(recipe, evaluations=Path("eval/outputs"))
     if evaluation and recipe.eval.tasks:
         from eval.adapters import check_deep_ensemble  # imports take seconds: after the recipe's mistakes are told
         from eval.tasks import check_tasks
@@ -41,8 +43,9 @@ def sft(
         check_deep_ensemble(recipe, adapter=None)
     from pipeline.train import train
 
-    folder = train(recipe, overwrite=overwrite)
-    if evaluation and recipe.eval.tasks:
+    evaluates = evaluation and bool(recipe.eval.tasks)
+    folder = train(recipe, overwrite=overwrite, evaluated=evaluates)
+    if evaluates:
         from eval.run import evaluate
 
         evaluate(recipe, folder)

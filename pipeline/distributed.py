@@ -51,7 +51,9 @@ def deepspeed_config(recipe: Recipe) -> dict[str, object] | None:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    log = {"comms_logger": {"enabled": True, "prof_all": True}} if recipe.distributed.communication_log else {}
     return {
+        **log,  # where the key stands, DeepSpeed logs, whatever it says
         "zero_optimization": zero,
         "bf16": {"enabled": recipe.base.dtype == "bfloat16"},
         "fp16": {"enabled": recipe.base.dtype == "float16"},

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -34,13 +33,12 @@ from pipeline.json_file import write_json
 from pipeline.lora_dropout import LoraDropout
 from pipeline.model_card import write_model_card
 from pipeline.nodes import check_same_everywhere
-from pipeline.observation.flops import empty_base_work, own_peak_flops, recipe_work
+from pipeline.observation.flops import TokenWork, empty_base_work, own_peak_flops, recipe_work
 from pipeline.observation.observer import RunObserver
 from pipeline.observation.progress import PlainWordsCallback
 from pipeline.observation.rank_log import rank_log
 from pipeline.observation.status import RunStatus
 from pipeline.observation.throughput import Throughput
-from pipeline.preflight.estimate import ModelShape
 from pipeline.preflight.execution import Choice, execution_in_force
 from pipeline.preflight.numbers import model_shape
 from pipeline.processes import is_main, launched, world_size
@@ -95,7 +93,9 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
     config = load_config(recipe.base, zero_stage(recipe))
     check_length(config, recipe.base, recipe.data.max_length)
     check_reporters(recipe)
-    shape = model_shape(config, recipe)  # before the arguments, with which ZeRO-3 cuts every new model into shards
+    # before the arguments, with which ZeRO-3 cuts every new model into shards
+    shape = model_shape(config, recipe)
+    work = empty_base_work(config, recipe, shape.adapter_parameters)
     tokenizer = load_tokenizer(recipe.base)
     folder = run_folder(recipe)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
@@ -107,7 +107,6 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
         if is_main():
             print(f"{folder}: this run is finished, with this very recipe, data and base; nothing is left to train")
         return folder
-    throughput = _throughput(recipe, config, shape, splits)
     choice = _execution(recipe, origin, execution_in_force(recipe, shape, _tokens_per_row(splits)))
     record = {**provenance(recipe, splits.sources), "execution": choice.reason}
 
@@ -136,7 +135,7 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
             evaluation=_measured(splits),
             callbacks=[],
             execution=choice.execution,
-            throughput=throughput,
+            throughput=_throughput(recipe, work, splits),
             identity=origin.identity,
             guard=guard,
         )
@@ -160,9 +159,8 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
     return folder
 
 
-def _throughput(recipe: Recipe, config: transformers.PretrainedConfig, shape: ModelShape, splits: Splits) -> Throughput:
-    """What measures speed, with the FLOPs of this base, adapter and data; before ZeRO-3 cuts new models into shards."""
-    work = empty_base_work(config, recipe, shape.adapter_parameters)
+def _throughput(recipe: Recipe, work: TokenWork | None, splits: Splits) -> Throughput:
+    """What measures speed, with the FLOPs of this base, adapter and data."""
     peak = own_peak_flops(recipe.base.dtype)
     return Throughput(
         work=None if work is None else recipe_work(work, recipe, splits.train),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -35,6 +36,7 @@ from pipeline.checkpoint.training_state import (
 from pipeline.data.packing import RowCollator, check_apart, copied_batch, laid_out
 from pipeline.distributed import register_adapter_weights, take_back_first_step, zero_stage
 from pipeline.lora_dropout import example_coordinates, instance_coordinates
+from pipeline.observation.observer import log_checkpoint
 from pipeline.observation.step_norms import StepNorms
 from pipeline.observation.throughput import Throughput
 from pipeline.preflight.numbers import Execution, flat
@@ -308,7 +310,9 @@ class LoraDropoutTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
-        save_training_state(self, Path(self._folder), self.identity)
+        began = time.perf_counter()
+        written = save_training_state(self, Path(self._folder), self.identity)
+        log_checkpoint(written, time.perf_counter() - began)
         best = checkpoint_folder(Path(self._folder), self.state.best_global_step or 0)
         self.state.best_model_checkpoint = str(best) if best.exists() else None
 
@@ -334,13 +338,13 @@ class LoraDropoutTrainer(SFTTrainer):
         if checkpoint is not None:
             restore_random(Path(checkpoint))
 
-    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
         """transformers', but for a run that was resumed after its last step, which it would train one step more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         self._order.manual_seed(self.args.seed + epoch)
-        super()._run_epoch(epoch=epoch, **kwargs)
+        super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

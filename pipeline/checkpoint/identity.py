@@ -12,8 +12,15 @@ from pipeline.recipe.training import resolved_training
 FREE_SECTIONS = ("output", "eval", "supervision", "training")
 """What may change between two parts of a run; ``training`` is compared field by field."""
 
-FREE_KEYS = ("name", "base.model", "base.tokenizer", "base.revision", "data.validation.source.path")
-"""Names and places: what lies there is compared by content."""
+FREE_KEYS = (
+    "name",
+    "base.model",
+    "base.tokenizer",
+    "base.revision",
+    "data.validation.source.path",
+    "distributed.communication_log",
+)
+"""Names and places, where what lies there is compared by content; and what only measures."""
 
 FREE_TRAINING = (
     "per_device_train_batch_size",  # their product with the number of ranks is compared

@@ -31,6 +31,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.data.tokenise import IGNORED
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
 
@@ -119,13 +120,16 @@ def data_work(work: TokenWork, length: float, trained: float, copies: int, recom
 
 def recipe_work(work: TokenWork, recipe: Recipe, rows: Dataset) -> DataWork:
     """:func:`data_work` of a recipe on its training rows, of columns ``input_ids`` and ``labels``."""
-    table = rows.with_format("arrow")[:]
-    lengths = pyarrow.compute.list_value_length(table["input_ids"]).to_numpy().astype(np.float64)
-    trained = pyarrow.compute.sum(pyarrow.compute.greater_equal(table["labels"].combine_chunks().flatten(), 0)).as_py()
+    tokens, squares, trained = 0, 0, 0
+    for part in rows.with_format("arrow").iter(batch_size=10_000):
+        lengths = pyarrow.compute.list_value_length(part["input_ids"]).to_numpy().astype(np.int64)
+        labels = part["labels"].combine_chunks().flatten().to_numpy()
+        tokens, squares = tokens + int(lengths.sum()), squares + int((lengths**2).sum())
+        trained += int((labels != IGNORED).sum())
     return data_work(
         work,
-        length=float((lengths**2).sum() / lengths.sum()),  # of the row in which a token lies, mean over tokens
-        trained=trained / lengths.sum(),
+        length=squares / tokens,  # of the example in which a token lies, mean over tokens
+        trained=trained / tokens,
         copies=recipe.adapter.dropout.instances,
         recomputes=resolved_training(recipe)["activation_checkpointing"],
     )

@@ -11,6 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pipeline.observation.progress import NAMES
 from pipeline.observation.rank_log import LOG
 from pipeline.observation.status import RunStatus
+from pipeline.processes import is_main
+from pipeline.provenance import versions
 
 
 class RunObserver(TrainerCallback):
@@ -30,6 +32,7 @@ class RunObserver(TrainerCallback):
         now = self.status.now
         now.resumed_from = state.global_step or None
         now.last_checkpoint = now.last_checkpoint if state.global_step else None
+        LOG.info("versions", extra=versions())
         LOG.info("training begins", extra={"step": state.global_step, "steps": state.max_steps})
         self._write(state)
 
@@ -85,8 +88,8 @@ def log_checkpoint(folder: Path, seconds: float) -> None:
     """Tell the rank's log of a checkpoint that is whole.
 
     Args:
-        folder: of the checkpoint.
-        seconds: that writing it took, training standing still.
+        folder: of the checkpoint; other nodes may not see it.
+        seconds: that training stood still for it.
     """
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in folder.iterdir()) if is_main() else None
     LOG.info("checkpoint written", extra={"checkpoint": folder.name, "bytes": size, "seconds": round(seconds, 3)})

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -18,6 +19,9 @@ from pipeline.observation.status import STATUS_FILE, Status, age_seconds, read_s
 
 FINISHED, FAILED, NO_STATUS, RUNS, RESUMABLE = 0, 1, 2, 3, 75
 """Exit statuses of launch/status.py, which says what they mean."""
+
+WIDTH = 200
+"""Columns where there is no terminal, which would have a width of its own."""
 
 COLOURS = {"finished": "green", "failed": "red", "stopped": "yellow", "lost": "red", "none": "red", "running": "cyan"}
 
@@ -66,7 +70,9 @@ def show_once(folders: Sequence[Path], ranks: bool, as_json: bool) -> list[Run]:
     if as_json:
         print(json.dumps([described(run, ranks) for run in runs], indent=2))
     else:
-        Console().print(shown(runs, ranks))
+        console = Console()
+        console = console if console.is_terminal else Console(width=WIDTH)
+        console.print(shown(runs, ranks))
     return runs
 
 
@@ -95,11 +101,18 @@ def described(run: Run, ranks: bool) -> dict[str, Any]:
 
 def shown(runs: Sequence[Run], ranks: bool) -> Group:
     """A table of runs, what went wrong below it, and one of their ranks."""
-    table = Table("run", "state", "step", "loss", "tokens/s", "time left", "checkpoint", "host", "last sign of life")
+    table = _table("run", "state", "step", "loss", "tokens/s", "left", "saved", "host", "sign of life")
     for run in runs:
         table.add_row(*_row(run))
     notes = [Text(f"{run.folder.name}: {note}") for run in runs for note in [_note(run)] if note]
     return Group(table, *notes, *([_rank_table(runs)] if ranks else []))
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False)
+    for header in headers:
+        table.add_column(header, no_wrap=header != headers[-1])
+    return table
 
 
 def _row(run: Run) -> list[Text]:
@@ -146,12 +159,15 @@ def _note(run: Run) -> str | None:
 
 
 def _rank_table(runs: Sequence[Run]) -> Table:
-    table = Table("run", "rank", "host", "process", "phase", "step", "in the call", "last sign of life")
+    table = _table("run", "rank", "host", "process", "phase", "step", "for", "sign of life", "in the call")
     for run in runs:
         for found in run.heartbeats[: run.status.ranks if run.status else None]:  # an earlier attempt may have had more
-            cells = [str(found.get(key) or "") for key in ("rank", "host", "pid", "phase", "step", "call")]
-            cells[0] = str(found["rank"])
-            table.add_row(run.folder.name, *(Text(cell) for cell in cells), Text(str(found.get("time", ""))))
+            cells = [str(found.get(key, "")) for key in ("rank", "host", "pid", "phase", "step")]
+            idle, told = found.get("idle_seconds"), found.get("time")
+            cells.append(duration(idle) if isinstance(idle, float) else "")
+            cells.append(f"{duration(max(time.time() - told, 0.0))} ago" if isinstance(told, float) else "")
+            cells.append(str(found.get("call", "")))
+            table.add_row(run.folder.name, *(Text(cell) for cell in cells))
     return table
 
 

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.exit_status import INTERRUPTED, STOPPED
+from pipeline.exit_status import FINISHED, INTERRUPTED, STOPPED
 from pipeline.processes import is_main, rank, world_size
 from pipeline.supervision.pulse import Pulse
 
@@ -106,18 +106,22 @@ class RunStatus:
     The main thread changes ``now`` and calls :meth:`write`; :meth:`beat` is for the heartbeat's thread.
     """
 
-    def __init__(self, folder: Path, heartbeat_seconds: float = 10.0, evaluates: bool = False) -> None:
+    def __init__(
+        self, folder: Path, heartbeat_seconds: float = 10.0, evaluates: bool = False, goes_on: bool = False
+    ) -> None:
         """Start an attempt; those before are counted in the file that is there.
 
         Args:
-            folder: of the run; it exists.
-            heartbeat_seconds: between two calls of :meth:`beat`.
+            folder: of the run; it exists where rank 0 is.
+            heartbeat_seconds: between two writes.
             evaluates: the run is trained, and what is known of that stays.
+            goes_on: this process will evaluate when it has trained: the run is not finished until then.
         """
         self.file = folder / STATUS_FILE
         self.task: Callable[[], Task | None] = lambda: None
         """Gives what an evaluation is computing."""
         self._pulse: Pulse | None = None
+        self._goes_on = goes_on
         self._writes = is_main()
         self._lock = threading.Lock()
         self._warned = False
@@ -144,6 +148,12 @@ class RunStatus:
         self._pulse = pulse
         self.write()
 
+    def end(self, exit_status: int, message: str = "") -> None:
+        """The last word, where no pulse tells it; the first one stands."""
+        if self.now.state == "running":
+            self._note_end(exit_status, message)
+            self.write()
+
     def write(self) -> None:
         """Replace the file. Where that fails (full disk, read-only) the run goes on, with one warning."""
         if not self._writes or not self._lock.acquire(timeout=PATIENCE):
@@ -166,9 +176,15 @@ class RunStatus:
         if pulse is None:
             return
         now.phase, now.step, now.steps = pulse.phase, max(pulse.step, now.step), max(pulse.steps, now.steps)
-        if pulse.exit_status is not None:
-            now.state, now.exit_status = state_of(pulse.exit_status), pulse.exit_status
-            now.message, now.seconds_left = pulse.message or None, None
+        if pulse.exit_status == FINISHED and self._goes_on:
+            now.phase, now.seconds_left = "evaluating", None
+        elif pulse.exit_status is not None:
+            self._note_end(pulse.exit_status, pulse.message)
+
+    def _note_end(self, exit_status: int, message: str) -> None:
+        now = self.now
+        now.state, now.phase, now.exit_status = state_of(exit_status), "ended", exit_status
+        now.message, now.seconds_left = message or None, None
 
     def _count_task(self) -> None:
         """Progress of an evaluation."""
@@ -188,7 +204,7 @@ class RunStatus:
 
 def state_of(exit_status: int) -> State:
     """How a run ended, from the status that its command exits with (launch/command.py)."""
-    if exit_status == 0:
+    if exit_status == FINISHED:
         return "finished"
     return "stopped" if exit_status in (STOPPED, INTERRUPTED) else "failed"
 

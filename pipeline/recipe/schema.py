@@ -316,6 +316,8 @@ class Distributed(Section):
     """ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also the (4-bit) weights."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep optimizer states (ZeRO 1-3), or weights too (ZeRO 3), in CPU memory."""
+    communication_log: bool = False
+    """Measure the time in DeepSpeed's collectives. It waits for each of them: for a diagnosis, not for speed."""
 
 
 class Supervision(Section):
