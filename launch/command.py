@@ -69,9 +69,11 @@ def told_errors(watch: Watch | None = None) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if watch is not None:
+            watch.unwinding()
         in_full = is_main() or watch is None or watch.failed_first
         _print_error(str(error), in_full)
-        if not in_full and not _ended_by_launcher():
+        if watch is not None and not in_full and not _ended_by_launcher(watch):
             _print_error(str(error), in_full=True)  # this process alone found it
         _exit(BAD_INPUT)
     except Interrupted as error:
@@ -89,13 +91,12 @@ def told_errors(watch: Watch | None = None) -> Iterator[None]:
         _exit(FAILED)
 
 
-def _ended_by_launcher() -> bool:
+def _ended_by_launcher(watch: Watch) -> bool:
     """Wait for the launcher, which ends all processes once one has failed."""
-    try:
-        time.sleep(OTHERS_SECONDS)
-    except Interrupted:
-        return True
-    return False
+    deadline = time.monotonic() + OTHERS_SECONDS
+    while watch.stop is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return watch.stop is not None
 
 
 def _exit(status: int) -> NoReturn:

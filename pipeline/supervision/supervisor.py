@@ -223,6 +223,7 @@ def _fail(supervisor: Supervisor, error: Exception, status: int, message: str) -
     Raises:
         LostRank: another rank failed first.
     """
+    supervisor.watch.unwinding()
     message = redacted(message)
     first_line = message.splitlines()[0]
     words = f"failed: {first_line}"

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-from pipeline.exit_status import INTERRUPTED, STOPPED
-from pipeline.processes import is_main
+from pipeline.exit_status import INTERRUPTED, STOPPED, TERMINATED
+from pipeline.processes import ended_by_srun, is_main
 from pipeline.supervision.ending import leave, with_patience, write_error
 from pipeline.supervision.launcher import in_words, is_gone, launchers, orphaned
 
@@ -139,6 +139,10 @@ class Watch:
             self.stop = replace(self.stop, status=status)
         self._saving = True
 
+    def unwinding(self) -> None:
+        """The process is about to end by itself, with words of its own: signals raise nothing any more."""
+        self._raised = True
+
     def interrupted(self) -> Interrupted:
         """What to raise for the stop that has come."""
         assert self.stop is not None
@@ -155,7 +159,7 @@ class Watch:
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # another thread is at it
         if is_main() if speaks is None else speaks:
-            write_error(f"{message}\n")
+            write_error(f"\n{message}\n")  # on a line of its own, after a progress bar's
         with_patience(lambda: [farewell(status, message) for farewell in self.farewells], 3.0)
         leave(status)
 
@@ -188,26 +192,30 @@ class Watch:
             patience = LAUNCHERS_PATIENCE
             if number == signal.SIGUSR1:
                 patience = max(patience, 2 * self.slowest_step)
-            self.stop = Stop(_named(number), INTERRUPTED if number == signal.SIGINT else STOPPED, now, patience)
+            self.stop = Stop(_named(number), self._status(number), now, patience)
+            if self._deferred and is_main():
+                write_error(
+                    f"\n{_named(number)}: stopping after this step, with a checkpoint; once more stops at once\n"
+                )
         elif number != signal.SIGUSR1 and self.stop.patience > LAUNCHERS_PATIENCE:
             self.stop = Stop(_named(number), self.stop.status, now)
+
+    def _status(self, number: int) -> int:
+        """To exit with, at this first signal."""
+        if number == signal.SIGINT:
+            return INTERRUPTED
+        return TERMINATED if number == signal.SIGTERM and not self._deferred and ended_by_srun() else STOPPED
 
     def _arrived(self, number: int) -> None:
         """A signal, in the thread: the first is the main thread's business, the second ends."""
         if number not in SIGNALS:
             return
-        first = self.stop is None
         again = time.monotonic() - self._seen.get(number, time.monotonic()) > REPEATED_SECONDS
         impatient = number == signal.SIGINT and self.stop is not None and _age(self.stop) > REPEATED_SECONDS
         self._note(number)
         assert self.stop is not None
         if again or impatient:
             self.end(self.stop.status, f"stopped at once, by a second {_named(number)}; {self._newest()}")
-        if first and self._deferred and is_main():
-            write_error(
-                f"\n{_named(number)}: a checkpoint will be saved after this step, then the run stops; "
-                "once more stops it at once\n"
-            )
 
     def _look(self) -> None:
         """See whether the launchers live, and end the process where its time is over."""
