@@ -75,7 +75,8 @@ def write_checkpoint(folder: Path, step: int, write_files: Callable[[Path], None
         The checkpoint's folder.
 
     Raises:
-        OSError, SafetensorError: the disk is full or broken; what had been written is gone again, older checkpoints are untouched.
+        OSError, SafetensorError: the disk is full or broken; what had been written is gone again, and older
+            checkpoints are untouched.
     """
     final = checkpoint_folder(folder, step)
     part, replaced = folder / f".{final.name}.part", folder / f".{final.name}.replaced"
