@@ -176,7 +176,7 @@ def test_what_cannot_be_gone_on_from_is_refused(work: Path, tmp_path: Path) -> N
     (work / "outputs" / "small" / "provenance.json").unlink()
     with pytest.raises(UserError, match=r"checkpoint-2: holds the adapter only \(training\.save_only_model\)"):
         train(recipe(work, "name=small", "training.save_only_model=true", "training.max_steps=2"))
-    with pytest.raises(UserError, match="checkpoint-4 is damaged: rng.json is missing"):
+    with pytest.raises(UserError, match=r"checkpoint-4 is damaged: rng\.json is missing"):
         broken = cut_off(work, "broken", 4) / "checkpoints" / "checkpoint-4"
         (broken / "rng.json").unlink()
         train(recipe(work, "name=new", f"training.resume={broken}"))
