@@ -80,7 +80,11 @@ class SupervisionCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What is ordered by the epoch's end."""
+        """What is ordered by the epoch's end; transformers calls it where a signal ended the epoch, too."""
+        assert state.epoch is not None
+        if self.stopped and state.epoch != int(state.epoch):
+            # the uninterrupted run measures nothing here, and saves nothing more
+            control.should_evaluate = control.should_save = control.should_log = False
         if self.stopped and self._evaluation_seconds > QUICK_EVALUATION:
             control.should_evaluate = False
         self._keep_last_good(control)
