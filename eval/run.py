@@ -40,6 +40,7 @@ from pipeline.processes import is_main, world_size
 from pipeline.provenance import now
 from pipeline.recipe import Recipe, schema
 from pipeline.run_folder import check_writable, run_folder
+from pipeline.supervision.watch import watching
 
 ANSWERS = "answers"
 """Beside the results of all runs of a recipe: finished answers, which the next run takes up."""
@@ -67,10 +68,24 @@ def evaluate(
     """
     started = now()
     check_writable("--output", output_root / recipe.name)
-    with observed_evaluation(_own_run(recipe, adapter), recipe.supervision.heartbeat_seconds, current_task):
+    observed = observed_evaluation(_own_run(recipe, adapter), recipe.supervision.heartbeat_seconds, current_task)
+    with observed, watching() as watch, watch.keeping(_kept(recipe, output_root)):
         group = process_group()
         with adapter_on_every_node(adapter, group) as folder:
             return _evaluated(recipe, folder, output_root, progress, group, started)
+
+
+def _kept(recipe: Recipe, output_root: Path) -> str:
+    """What a signal leaves of an evaluation, in words after "stopped by SIGTERM"."""
+    if _keeps_answers(recipe):
+        answers = output_root / recipe.name / ANSWERS
+        return f"while evaluating; finished answers are kept in {answers}, and the same command goes on"
+    return "while evaluating; answers are not kept (eval.keep_answers), and the same command evaluates from the start"
+
+
+def _keeps_answers(recipe: Recipe) -> bool:
+    """In int8 scores depend on batch neighbours."""
+    return recipe.eval.keep_answers and recipe.base.quantization != "int8"
 
 
 def _own_run(recipe: Recipe, adapter: Path) -> Path | None:
@@ -113,7 +128,7 @@ def _evaluated(
                 training_prompt=prompt,
                 group=group,
             )
-            if recipe.eval.keep_answers and recipe.base.quantization != "int8":  # its scores depend on batch neighbours
+            if _keeps_answers(recipe):
                 adapters = [] if name == "base" else [adapter, *evaluated.further]
                 answers = output_root / recipe.name / ANSWERS
                 lm.store = kept_answers(answers, recipe.base, adapters, evaluated.identity, lm)

@@ -28,6 +28,7 @@ from pipeline.exit_status import BAD_INPUT, FAILED, INTERRUPTED
 from pipeline.processes import is_main, launched, rank
 from pipeline.redaction import redacted
 from pipeline.supervision.ending import leave
+from pipeline.supervision.ranks import is_of_collective
 from pipeline.supervision.watch import Interrupted, LostRank, Watch, watching
 
 __all__ = ["BAD_INPUT", "INTERRUPTED", "run_command", "told_errors"]
@@ -86,6 +87,13 @@ def told_errors(watch: Watch | None = None) -> Iterator[None]:
     except Exception as error:
         if not launched():
             raise
+        if watch is not None:
+            watch.unwinding()
+            if is_of_collective(error) and _ended_by_launcher(watch):
+                message = redacted(str(error)).partition("\n")[0]
+                watch.end(
+                    FAILED, f"process {rank()}: lost another process, which failed first ({message})", speaks=True
+                )
         print(f"process {rank()} failed:", file=sys.stderr)
         _print_traceback(type(error), error, error.__traceback__)
         _exit(FAILED)

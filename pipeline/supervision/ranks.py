@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.processes import rank, world_size
+from pipeline.processes import local_world_size, rank, world_size
 from pipeline.supervision.launcher import is_gone
 from pipeline.supervision.pulse import Pulse
 
@@ -151,8 +151,7 @@ class Ranks:
     def _meet(self) -> None:
         """Learn the processes of the ranks of this machine, which write their files when they start."""
         here = rank() - int(os.environ.get("LOCAL_RANK", "0"))
-        size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        for other in range(here, min(here + size, world_size())):
+        for other in range(here, min(here + local_world_size(), world_size())):
             if other == rank() or other in self._neighbours:
                 continue
             told = self.told(other)
@@ -176,6 +175,14 @@ def kernel_kills() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def is_of_collective(error: Exception) -> bool:
+    """Whether it may be the end of another rank: torch raises plain ``RuntimeError`` from gloo."""
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        word in words for word in ("gloo", "nccl", "connection", "socket", "process group", "store")
+    )
 
 
 def speaks_first() -> str:

@@ -19,7 +19,7 @@ from pipeline.recipe import schema
 from pipeline.redaction import redacted
 from pipeline.supervision.ending import with_patience, write_error
 from pipeline.supervision.pulse import Beat, Phase, Pulse
-from pipeline.supervision.ranks import Failure, Ranks, clear_ranks, first_on_node, speaks_first
+from pipeline.supervision.ranks import Failure, Ranks, clear_ranks, first_on_node, is_of_collective, speaks_first
 from pipeline.supervision.watch import Interrupted, LostRank, Watch, watching
 from pipeline.supervision.whereabouts import current_call, main_stack
 
@@ -140,7 +140,7 @@ class Supervisor:
     def _hang(self, idle: float) -> NoReturn:
         """Say which ranks are where, and end."""
         call = current_call()
-        words = f"is where it was {idle:.0f} s ago: {self.pulse.phase}, step {self.pulse.step}, in {call}"
+        words = f"made no progress for {idle:.0f} s: {self.pulse.phase}, step {self.pulse.step}, in {call}"
         failure = Failure(rank(), HUNG, words)
         first: list[Failure] = []
         others: list[str] = []
@@ -228,7 +228,7 @@ def _fail(supervisor: Supervisor, error: Exception, status: int, message: str) -
     first_line = message.splitlines()[0]
     words = f"failed: {first_line}"
     if world_size() > 1:
-        lost = supervisor.first_failure(TELLING_SECONDS if _is_of_collective(error) else 0.0)
+        lost = supervisor.first_failure(TELLING_SECONDS if is_of_collective(error) else 0.0)
         stack = redacted(traceback.format_exc() if status == FAILED else message)
         first = supervisor.ranks.fail(lost or Failure(rank(), status, words), stack)
         if first.rank != rank():
@@ -237,11 +237,3 @@ def _fail(supervisor: Supervisor, error: Exception, status: int, message: str) -
             raise LostRank(first.status, told) from error
     supervisor.watch.failed_first = True
     supervisor.end(status, message)
-
-
-def _is_of_collective(error: Exception) -> bool:
-    """Whether it may be the end of another rank: torch raises plain ``RuntimeError`` from gloo."""
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        word in words for word in ("gloo", "nccl", "connection", "socket", "process group", "store")
-    )
