@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from eval.analysis.samples import (
+    SPOILT,
     Bools,
     Floats,
     Ints,
@@ -301,7 +302,7 @@ def read_answers(folder: Path, system: str, task: str) -> AnyAnswers | None:
     samples = read_samples(folder, system, task)
     try:
         return answers_of(task, samples)
-    except (ValueError, KeyError) as error:
+    except SPOILT as error:
         raise UserError(f"{samples_file(folder, system, task)}: {error!s}; evaluate again") from error
 
 

@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 from pipeline.errors import UserError
 
+SPOILT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What comes of a sample that is JSON, but not what an evaluation wrote."""
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -38,13 +41,13 @@ def read_samples(folder: Path, system: str, task: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{folder} has no {path.name}: that run did not evaluate {system} on {task}")
     samples = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 sample = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: line {number} is not JSON ({error}); evaluate again") from error
-            if "lora_dropout" not in sample:
+            if not isinstance(sample, dict) or "lora_dropout" not in sample:
                 raise UserError(
                     f"{path}: line {number} lacks the key lora_dropout, so it was not written by this version of "
                     "launch/evaluate.py; evaluate again"

@@ -13,7 +13,7 @@ import numpy as np
 from eval.analysis.answers import Answers, ChoiceAnswers, answers_of
 from eval.analysis.estimates import Score
 from eval.analysis.groups import joined_choices
-from eval.analysis.samples import common_columns, documents, first_filter, read_samples, samples_file
+from eval.analysis.samples import SPOILT, common_columns, documents, first_filter, read_samples, samples_file
 from eval.analysis.schema import Estimate
 from eval.compare.flips import flips
 from eval.compare.measures import document_values, scores_of, side_by_side, value_of
@@ -70,8 +70,9 @@ def read_documents(run: Run, task: str) -> Answers:
             return answers
         rows = documents(task, first_filter(samples))
         return Answers(**common_columns(task, rows, [row["lora_dropout"]["requests"] for row in rows]))
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{samples_file(run.folder, run.system, task)}: {error!s}; evaluate again") from error
+    except SPOILT as error:
+        file = samples_file(run.folder, run.system, task)
+        raise UserError(f"{file}: a sample is not what an evaluation writes ({error!s}); evaluate again") from error
 
 
 def unit_material(unit: Unit, leaves: dict[str, Answers]) -> UnitMaterial:

@@ -19,9 +19,11 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: no results.json here; expected a folder that launch/evaluate.py wrote")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); evaluate again") from error
+    except (ValueError, RecursionError) as error:  # not text; nested too deeply
+        raise UserError(f"{path}: not JSON ({error}); evaluate again") from error
     ours = results.get("lora_dropout") if isinstance(results, dict) else None
     if not isinstance(ours, dict) or "systems" not in ours:
         raise UserError(

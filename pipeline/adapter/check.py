@@ -7,6 +7,7 @@ silence or with a warning.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ from pipeline.base import hollow_base
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, schema
 from pipeline.run_folder import RECIPE_FILE
+
+PEFT_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError, re.error)
+"""What peft raises for a configuration that finds no layer, contradicts itself, or holds values of another kind."""
 
 Shape = tuple[int, ...]
 
@@ -113,7 +117,7 @@ def check_adapter(base: schema.Base, folder: Path, ensemble: AdapterSettings | N
     try:
         with without_false_warnings():
             adapted = PeftModel(hollow, PeftConfig.from_pretrained(str(folder)))
-    except (ValueError, TypeError) as error:  # peft's, for a configuration that finds no layer or contradicts itself
+    except PEFT_ERRORS as error:
         raise UserError(
             f"{folder}: this adapter does not go on {base.model!r}: {error}\n"
             f"It was trained on {config.get('base_model_name_or_path')!r}; name that base."

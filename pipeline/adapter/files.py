@@ -32,6 +32,14 @@ _RATE_PROBLEMS = ("greater_than_equal", "less_than", "float_type")
 """pydantic's names for a number outside its limits, and for what is no number."""
 
 
+CONFIG_KEYS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("base_model_name_or_path", (str, type(None)), "the base's folder or Hub id"),
+    ("revision", (str, type(None)), "a revision on the Hub"),
+    ("lora_alpha", (int, float), "a number"),
+)
+"""Of peft's configuration, those that are read here."""
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class AdapterSettings:
     """What peft's own configuration has no place for (it drops keys it does not know when it loads).
@@ -125,11 +133,15 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     try:
         config = json.loads(file.read_text())
-    except ValueError as error:  # not JSON, or not text
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
         raise UserError(f"{file}: not JSON ({error}).\nExpected peft's configuration of an adapter.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in ("LORA", "ADALORA"):
         raise UserError(f"{file}: peft_type is {kind!r}; expected LORA or ADALORA, the adapters that are handled here.")
+    rank = ("target_r" if kind == "ADALORA" else "r", (int,), "a whole number")
+    for key, kinds, expected in (*CONFIG_KEYS, rank):
+        if not isinstance(config.get(key), kinds):
+            raise UserError(f"{file}: {key} is {config.get(key)!r}; expected {expected}.")
     return dict(config)
 
 
