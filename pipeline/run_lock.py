@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -53,7 +53,8 @@ def only_run(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         print(f"warning: {file.parent} has no file locks: see to it that no second run trains into {folder}")
         yield
         return
-    file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    with suppress(OSError):  # the lock holds on a full disk, too
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def train(recipe: Recipe, overwrite: bool = False, evaluated: bool = False) -> P
         Interrupted: a signal, once the checkpoint is written.
         LostRank: another rank failed first.
     """
-    with only_run(run_folder(recipe)), _memory_advice(recipe):
+    with only_run(run_folder(recipe)), _memory_advice(recipe), _disk_advice(recipe):
         return _trained(recipe, overwrite, evaluated)
 
 
@@ -123,7 +124,7 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
     PartialState().wait_for_everyone()
     status = RunStatus(folder, recipe.supervision.heartbeat_seconds, goes_on=evaluated)
     watched = supervised(folder, recipe.supervision, [status.beat])
-    with rank_log(folder), watched as supervisor, _memory_advice(recipe):
+    with rank_log(folder), watched as supervisor, _memory_advice(recipe), _disk_advice(recipe):
         supervisor.pulse.progress("loading")
         guard = StepGuard(recipe.supervision, float16=recipe.base.dtype == "float16")
         trainer = LoraDropoutTrainer(
@@ -176,6 +177,20 @@ def _memory_advice(recipe: Recipe) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory_advice(recipe)) from error
+
+
+@contextmanager
+def _disk_advice(recipe: Recipe) -> Iterator[None]:
+    """Context in which a disk that takes no more, under TensorBoard's files as under ours, is told with what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"{run_folder(recipe)}: cannot be written any more: {error.strerror}.\n"
+            "Make room, then run the same command again: it goes on from the newest checkpoint."
+        ) from error
 
 
 def _execution(recipe: Recipe, origin: Origin, choice: Choice) -> Choice:

@@ -21,9 +21,8 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ports import free_port
-
 from faults.runs import REPOSITORY, environment
+from ports import free_port
 
 
 class Forked:

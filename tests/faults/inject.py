@@ -19,165 +19,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from faults.runs import (
-    Attempt,
-    Setting,
-    Trajectory,
-    checkpoints,
-    damaged,
-    digest,
-    newest_whole,
-    resumed_step,
-    trajectory,
-    two_layers,
-    write_recipe,
-)
+from faults.outcome import ADAPTER, checkpoints, damaged, digest, newest_whole, resumed_step, trajectory
+from faults.place import Outcome, Place, Skipped, logged, prepare, recovered, refused, wait_until
 
-ADAPTER = "adapter_model.safetensors"
-SETTING = Setting(zero=2)
-DISK = 200  # MiB: three checkpoints of 30 and what is left free beside them
+DISK = 200
+"""MiB: three checkpoints of 30, and what is left free beside them."""
+
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
-
-
-class Skipped(Exception):
-    """The machine does not allow a case; why."""
-
-
-@dataclass
-class Place:
-    """Where the cases run, and the run that met no fault."""
-
-    folder: Path
-    base: Path
-    draw: random.Random
-    launcher: str = "python"
-    whole: Trajectory | None = None
-    adapter: str = ""
-    template: Path | None = None  # a run that was killed at step 7, with checkpoints 3 and 6
-
-    @property
-    def run(self) -> Path:
-        """The folder of every case's run, one after another."""
-        return self.folder / "outputs" / "faulty"
-
-    @property
-    def recipe(self) -> Path:
-        return self.folder / "faulty.yaml"
-
-    @property
-    def last(self) -> int:
-        """Step of the run."""
-        assert self.whole is not None
-        return max(step for step, _ in self.whole)
-
-    def start(self, *arguments: str, launcher: str | None = None) -> Attempt:
-        number = len(list(self.folder.glob("*.log")))
-        return Attempt(launcher or self.launcher, self.recipe, self.folder / f"{number}.log", arguments)
-
-    def restore(self) -> None:
-        """The interrupted run, as it was."""
-        assert self.template is not None
-        shutil.rmtree(self.run, ignore_errors=True)
-        shutil.copytree(self.template, self.run)
-
-    def ends_alike(self, attempt: Attempt) -> str:
-        """Why the finished run is not the one that met no fault; empty where it is."""
-        status = attempt.status()
-        if status != 0:
-            return f"exits with {status}: {last_words(attempt)}"
-        found, problems = trajectory(self.run)
-        if problems or found != self.whole:
-            return f"another trajectory {problems}"
-        return "" if digest(self.run / ADAPTER) == self.adapter else "another adapter"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of one case."""
-
-    what: str
-    status: int | None
-    said: str
-    problem: str = ""
-
-    def __str__(self) -> str:
-        verdict = f"WRONG: {self.problem}" if self.problem else "as it should"
-        said = "\n".join(f"      {line}" for line in self.said.splitlines()[:6])
-        return f"{self.what} | status {self.status} | {verdict}\n{said}"
-
-
-def last_words(attempt: Attempt) -> str:
-    """The error message, or the end of what was said."""
-    said = attempt.said()
-    found = re.search(r"^error: .*(\n(?!\[|Traceback|$).*)*", said, re.MULTILINE)
-    return found[0] if found else said[-600:]
-
-
-def refused(what: str, attempt: Attempt, words: str, statuses: tuple[int, ...] = (2,)) -> Outcome:
-    """A run that must end with a message of these words (a regular expression) and no traceback."""
-    status, said = attempt.status(), attempt.said()
-    message = last_words(attempt)
-    problem = ""
-    if status not in statuses:
-        problem = f"status {status}, expected {statuses}"
-    elif not re.search(words, message):
-        problem = f"the message has not {words!r}"
-    elif "Traceback" in said:
-        problem = "a traceback: " + said[said.index("Traceback") :][-1500:]
-    return Outcome(what, status, message, problem)
-
-
-def recovered(what: str, place: Place, attempt: Attempt, words: str = "") -> Outcome:
-    """A run that must end as if there had been no fault, having said these words."""
-    problem = place.ends_alike(attempt)
-    said = attempt.said()
-    lines = [line for line in said.splitlines() if re.search(r"(?i)warning: |resum|go(es|ing) on from|damage", line)]
-    if not problem and words and not re.search(words, said):
-        problem = f"nothing says {words!r}"
-    return Outcome(what, attempt.process.returncode, "\n".join(lines), problem)
-
-
-def wait_until(attempt: Attempt, reached: Callable[[], bool], patience: float = 200) -> None:
-    """Poll; it must come to that before the command ends."""
-    deadline = time.monotonic() + patience
-    while not reached():
-        if attempt.process.poll() is not None or time.monotonic() > deadline:
-            attempt.end()
-            raise RuntimeError(f"it never came to that: {attempt.said()[-3000:]}")
-        time.sleep(0.002)
-
-
-def logged(run: Path, step: int) -> Callable[[], bool]:
-    """Whether the step is in the history."""
-    file = run / "history.jsonl"
-    return lambda: file.exists() and f'"step": {step},' in file.read_text()
-
-
-def prepare(folder: Path, draw: random.Random) -> Place:
-    """The run without a fault, and the interrupted one that cases start from."""
-    place = Place(folder, two_layers(folder), draw)
-    write_recipe(folder, place.base, "faulty", SETTING)
-    attempt = place.start()
-    if attempt.status() != 0:
-        raise RuntimeError(attempt.said()[-3000:])
-    place.whole, problems = trajectory(place.run)
-    assert not problems
-    place.adapter = digest(place.run / ADAPTER)
-    shutil.rmtree(place.run)
-    attempt = place.start()
-    wait_until(attempt, logged(place.run, 8))
-    attempt.kill("all ranks")
-    attempt.gone_after(30)
-    assert [step for step in checkpoints(place.run)] == [3, 6], list(checkpoints(place.run))
-    place.template = shutil.copytree(place.run, folder / "template")
-    return place
 
 
 # disks
@@ -205,13 +60,17 @@ def remount(disk: Path, options: str) -> None:
 
 
 def fill(disk: Path, leave: int = 0) -> None:
-    """Take all but ``leave`` bytes."""
-    free = shutil.disk_usage(disk).free - leave
+    """Take all but ``leave`` bytes, while others take some too."""
+    taken, piece = 0, max(shutil.disk_usage(disk).free - leave, 0)
     with (disk / "filler").open("wb", buffering=0) as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, max(free, 1))
-        except OSError:
-            return
+        while piece >= 4096:
+            try:
+                os.posix_fallocate(file.fileno(), taken, piece)
+                taken += piece
+            except OSError:
+                piece //= 2
+                continue
+            piece = min(piece, max(shutil.disk_usage(disk).free - leave, 0))
 
 
 def disk(place: Place) -> Iterator[Outcome]:
