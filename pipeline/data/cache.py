@@ -184,7 +184,7 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     """Changes whenever the file is written; None where there is none."""
     try:
         status = file.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_mtime_ns, status.st_ino
 
