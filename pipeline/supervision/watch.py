@@ -264,12 +264,12 @@ def watching() -> Iterator[Watch]:
     main = threading.current_thread() is threading.main_thread()
     previous: dict[signal.Signals, Any] = {}
     previous_descriptor = -1
-    if main:
-        previous_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        previous = {number: signal.signal(number, watch.handler) for number in SIGNALS}
     thread = threading.Thread(target=watch.run, args=(reader,), name="watch", daemon=True)
     thread.start()
     try:
+        if main:
+            previous_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            previous = {number: signal.signal(number, watch.handler) for number in SIGNALS}
         yield watch
     finally:
         _active = None

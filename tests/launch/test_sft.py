@@ -1,65 +1,21 @@
-"""launch/sft.py as a user starts it: under each launcher, interrupted, and with bad input."""
+"""launch/sft.py as a user starts it: under each launcher, and with bad input."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from ports import free_port
 from safetensors.torch import load_file
-
-SCRIPTS = Path(sys.executable).parent
-
-RECIPE = """
-name: tiny
-seed: 3
-output: {folder}/outputs
-base: {{model: {base}, quantization: nf4, dtype: bfloat16}}
-adapter: {{rank: 4, alpha: 8, dropout: {{rate: 0.5, instances: 2, sampling: instance}}}}
-data:
-  train: [{{path: {folder}/rows.jsonl, prompt: "{{{{ instruction }}}}\\nAnswer:"}}]
-  validation: {{fraction: 0.2, probe_rows: 4}}
-  max_length: 32
-training: {{max_steps: 2, per_device_train_batch_size: 2, logging_steps: 1, eval_strategy: steps, eval_steps: 2,
-           gradient_checkpointing: false, save_strategy: "no", optim: adamw_torch}}
-distributed: {{zero: 2}}
-"""
+from sft_support import LAUNCHERS, environment, write_recipe
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, pocket_base: Path) -> Path:
-    folder = tmp_path_factory.mktemp("sft")
-    draw = random.Random(0)
-    numbers = [(draw.randint(0, 99), draw.randint(0, 99)) for _ in range(30)]
-    rows = [{"instruction": f"Add {a} and {b}.", "input": "", "output": str(a + b)} for a, b in numbers]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(folder=folder, base=pocket_base))
-    return path
+    return write_recipe(tmp_path_factory.mktemp("sft"), pocket_base)
 
 
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",  # deepspeed compiles with the ninja that lies there
-    }
-
-
-LAUNCHERS = {
-    "python": [sys.executable],
-    "deepspeed": [str(SCRIPTS / "deepspeed"), "--num_gpus", "2", "--master_port", free_port()],
-    "torchrun": [str(SCRIPTS / "torchrun"), "--standalone", "--nproc_per_node", "2"],
-    "accelerate": [str(SCRIPTS / "accelerate"), "launch", "--cpu", "--num_processes", "1"],
-}
 ENGINES = {
     "python": ("one process, no DeepSpeed", 1),
     "deepspeed": ("DeepSpeed ZeRO-2", 2),
@@ -107,45 +63,6 @@ def test_every_launcher_trains_and_writes_the_run(repository: Path, recipe: Path
     assert said.count("instances: batched (auto): a step takes about ") == 1 and "CPU has " in said
     assert "step 2/2 · loss" in said and "generalisation gap" in said and "tokens/s" in said
     assert said.count("adapter written to") == 1  # by one rank
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "sent"),
-    [("python", signal.SIGINT), ("deepspeed", signal.SIGINT)],  # the deepspeed launcher makes SIGTERM of it
-    ids=["python", "deepspeed"],
-)
-def test_ctrl_c_keeps_a_checkpoint_and_says_so(
-    repository: Path, recipe: Path, launcher: str, sent: signal.Signals
-) -> None:
-    """The signal goes to the whole process group, as a terminal sends it; launchers then add their own."""
-    name = f"{launcher}-{sent.name}"
-    longer = ["training.max_steps=100000", "training.eval_strategy=no", "data.validation=null"]
-    process = subprocess.Popen(
-        [*LAUNCHERS[launcher], "launch/sft.py", str(recipe), f"name={name}", "--no-eval", *longer],
-        env=environment(),
-        cwd=repository,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    folder = recipe.parent / "outputs" / name
-    deadline = time.monotonic() + 200
-    while not (folder / "history.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    os.killpg(process.pid, sent)
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode != 0
-    checkpoints = [int(path.name.removeprefix("checkpoint-")) for path in (folder / "checkpoints").glob("checkpoint-*")]
-    assert len(checkpoints) == 1, errors[-3000:]
-    assert f"Interrupted at step {checkpoints[0]}; checkpoints are in {folder / 'checkpoints'}" in output
-    checkpoint = folder / "checkpoints" / f"checkpoint-{checkpoints[0]}"
-    assert len(load_file(checkpoint / "adapter_model.safetensors")) == 6 * 7 * 2
-    assert not (folder / "adapter_model.safetensors").exists()  # an unfinished run does not look finished
-    if launcher == "python":
-        assert process.returncode == 130 and "Traceback" not in errors
 
 
 def test_bad_input_exits_2_with_a_message_and_no_traceback(repository: Path, recipe: Path) -> None:

@@ -30,7 +30,7 @@ from pipeline.supervision.bad_steps import StepGuard
 from pipeline.supervision.supervisor import Supervisor, supervised
 from pipeline.supervision.watch import watching
 
-SETTINGS = schema.Supervision(heartbeat_seconds=0.5, hang_minutes=0.06)
+SETTINGS = schema.Supervision(heartbeat_seconds=0.5)
 FAULT = 3
 """The step at which it happens."""
 
@@ -87,8 +87,8 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
     scenario.__name__: scenario
     for scenario in (bug, bad_input, same_bug, killed, hung, terminated, interrupted, twice, blocked)
 }
-PATIENT = ("twice", "blocked")
-"""Without a watchdog that would end them first."""
+SIGNALS = {"twice": 2, "blocked": 1}
+"""SIGTERMs that both ranks get: 1 s after the fault, and 4 s after that."""
 
 
 def loop(supervisor: Supervisor, folder: Path, rank: int, fault: Callable[[int], None]) -> None:
@@ -122,7 +122,7 @@ def run_rank(folder: Path, name: str, rank: int, port: int) -> None:
     screen = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(screen, 1)
     os.dup2(screen, 2)
-    settings = SETTINGS.model_copy(update={"hang_minutes": 10.0}) if name in PATIENT else SETTINGS
+    settings = SETTINGS.model_copy(update={"hang_minutes": 0.06}) if name == "hung" else SETTINGS
     with watching() as watch, told_errors(watch):
         PartialState(cpu=True)
         with supervised(folder, settings) as supervisor, watch.deferring():
@@ -154,7 +154,7 @@ def main(root: Path, names: list[str]) -> None:
     """All scenarios at once."""
     running = {name: start(root / name, name) for name in names}
     began = {name: 0.0 for name in names}
-    signals = {name: 1 if name == "blocked" else 2 for name in names if name in PATIENT}
+    signals = {name: count for name, count in SIGNALS.items() if name in names}
     ended: dict[str, dict[str, tuple[int, float]]] = {name: {} for name in names}
     due = dict.fromkeys(signals, 0.0)
     while any(len(found) < 2 for found in ended.values()):
