@@ -14,6 +14,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from pipeline.base import load_tokenizer
 from pipeline.data import load_splits
 from pipeline.observation.progress import plain_words
+from pipeline.observation.rank_log import rank_log_file, read_rank_log
+from pipeline.observation.status import read_status
 from pipeline.observation.step_norms import StepNorms
 from pipeline.recipe import load_recipe
 from pipeline.train import train
@@ -25,7 +27,7 @@ output: {folder}/outputs
 base: {{model: {base}, quantization: none, dtype: float32}}
 adapter: {{rank: 2, dropout: {{rate: 0.5, instances: 4, sampling: instance, execution: {execution}}}}}
 data: {{train: [{{path: {folder}/rows.jsonl, prompt: "{{{{ instruction }}}} ="}}], max_length: 48}}
-training: {{num_train_epochs: 1, per_device_train_batch_size: 2, logging_steps: 1, save_strategy: "no"}}
+training: {{num_train_epochs: 1, per_device_train_batch_size: 2, logging_steps: 1, save_strategy: epoch}}
 """
 
 
@@ -41,11 +43,29 @@ def test_copies_are_not_counted_as_tokens(tmp_path: Path, small_base: Path, exec
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert all(record["tokens_per_second"] > 0 for record in records)  # miscounted, a short batch after a long is below
     assert all(0 <= record["clip_fraction"] <= 1 and record["update_norm"] > 0 for record in records)
+    assert all(0 < record["data_wait"] < 1 and record["flops_per_second"] > 0 for record in records)
+    assert not any("mfu" in record for record in records)  # of a CPU nobody states a peak
+
+    status = read_status(folder)
+    assert status is not None
+    assert (status.state, status.step, status.steps, status.exit_status) == ("finished", 6, 6, 0)
+    assert (status.loss, status.tokens_per_second) == (records[-1]["loss"], records[-1]["tokens_per_second"])
+    assert (status.attempts, status.resumed_from, status.last_checkpoint) == (1, None, "checkpoints/checkpoint-6")
+    log = read_rank_log(rank_log_file(folder, 0))
+    said = [line["event"] for line in log if line["level"] == "info"]
+    assert said[:3] == ["process", "versions", "training begins"] and said[-2:] == ["training ends", "process ends"]
+    assert [line["loss"] for line in log if line["event"] == "step"] == [record["loss"] for record in records]
+    (written,) = [line for line in log if line["event"] == "checkpoint written"]
+    assert written["bytes"] == sum(file.stat().st_size for file in (folder / "checkpoints/checkpoint-6").iterdir())
+
     events = EventAccumulator(str(folder / "runs")).Reload()
     (tag,) = [tag for tag in events.Tags()["scalars"] if tag.endswith("num_tokens")]
     counted = [event.value for event in events.Scalars(tag)]
     assert counted == sorted(counted)
     assert counted[-1] == tokens  # one epoch
+    for name in ("tokens_per_second", "data_wait", "flops_per_second"):
+        drawn = [event.value for event in events.Scalars(f"train/{name}")]
+        assert drawn == pytest.approx([record[name] for record in records])
 
 
 def test_the_line_is_in_plain_words() -> None:

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from eval.logs import CountedBar, current_task, progress_bar
+from pipeline.errors import UserError
 from pipeline.observation import status as module
+from pipeline.observation.evaluation import observed_evaluation
 from pipeline.observation.rank_log import LOG, RankLogHandler, rank_log, rank_log_file, read_rank_log
 from pipeline.observation.status import RunStatus, Status, Task, plain_json, read_status, sign_of_life, state_of
 from pipeline.supervision.pulse import Pulse
@@ -130,7 +133,39 @@ def test_a_running_run_that_has_missed_its_heartbeats_is_taken_for_gone() -> Non
     assert seen(10**6, state="finished")
 
 
-# The log of a rank ------------------------------------------------------------------------------------------------------
+def test_an_evaluation_tells_how_far_it_is_and_how_it_ended(tmp_path: Path) -> None:
+    def found() -> Status:
+        status = read_status(tmp_path)
+        assert status is not None
+        return status
+
+    RunStatus(tmp_path, goes_on=True).beat(ended(Pulse(), 0))
+    assert (found().state, found().phase) == ("running", "evaluating")  # trained, but not finished
+    with observed_evaluation(tmp_path, 0.05, current_task):
+        CountedBar.system = "the adapter"
+        with progress_bar(total=10, done=2, what="log-likelihoods", disable=False) as bar:
+            bar.update(3)
+            time.sleep(0.3)  # the thread writes
+            assert (found().task, found().share) == ("the adapter, log-likelihoods", 0.5)
+        time.sleep(0.3)
+        assert found().task is None
+    assert (found().state, found().exit_status, found().attempts) == ("finished", 0, 1)
+    for error, exit_status in ((UserError("no such task"), 2), (ValueError("a bug"), 1)):
+        with pytest.raises(type(error)), observed_evaluation(tmp_path, 10.0, current_task):
+            raise error
+        assert (found().state, found().exit_status) == ("failed", exit_status)
+        assert str(error) in str(found().message)
+    with observed_evaluation(None, 10.0, current_task):
+        pass
+    assert found().state == "failed"  # another adapter's evaluation is nothing to this run
+
+
+def ended(pulse: Pulse, exit_status: int) -> Pulse:
+    pulse.end(exit_status)
+    return pulse
+
+
+# The log of a rank ----------------------------------------------------------------------------------------------------
 
 
 def test_a_log_has_a_line_for_each_event_over_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
