@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ RECIPE_FILE = "recipe.yaml"
 PROVENANCE_FILE = "provenance.json"
 IDENTITY_FILE = "identity.json"
 CHECKPOINTS_FOLDER = "checkpoints"
+RUN_FILES = frozenset(
+    (
+        *("adapter_model.safetensors", "adapter_config.json", "lora_dropout.json"),
+        *(RECIPE_FILE, PROVENANCE_FILE, IDENTITY_FILE, "README.md"),
+        *(HISTORY_FILE, "runs", CHECKPOINTS_FOLDER, "status.json", "ranks", "bad-steps.jsonl"),
+    )
+)
+"""All that a run writes into its folder, and so all that may be deleted with it."""
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -45,6 +54,8 @@ def check_writable(key: str, folder: Path) -> None:
         UserError: names the folder that takes no file, and the system's reason.
     """
     asked = place = folder.absolute()
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{key}: {folder} is a link to {os.readlink(folder)}, where nothing is.\nMake or mend it.")
     try:
         while not place.exists():
             place = place.parent
@@ -84,12 +95,36 @@ def check_run_folder(recipe: Recipe, overwrite: bool) -> None:
     if not (folder / RECIPE_FILE).exists():
         how = "--overwrite deletes runs only, and this folder has" if overwrite else "holds files of something else:"
         raise UserError(f"{folder}: {how} no {RECIPE_FILE}.\nEmpty it yourself, or choose another name or output.")
+    if overwrite or not holds_run(folder):
+        check_deletable(folder)
     if not overwrite and own_training(recipe)["resume"] != "auto" and holds_run(folder):
         raise UserError(
             f"{folder}: already holds {'a finished' if has_finished(folder) else 'an unfinished'} run; it is never "
             "overwritten silently.\n"
             "Give this run another name (name=...) or place (output=...), pass --overwrite to delete what is there, or "
             "go on in it with training.resume=auto."
+        )
+
+
+def check_deletable(folder: Path) -> None:
+    """Refuse a folder that is not a run's alone, before a run that begins anew deletes it.
+
+    Raises:
+        UserError: a link, whose target may be anything; files that no run wrote.
+    """
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder}: is a link to {folder.resolve()}, and a run that begins anew deletes its folder.\n"
+            "Name the folder itself with output and name, or empty it."
+        )
+    strangers = sorted(entry.name for entry in folder.iterdir() if entry.name.removesuffix(".part") not in RUN_FILES)
+    if not any((folder / name).exists() for name in (IDENTITY_FILE, PROVENANCE_FILE)):
+        strangers.append(f"a {RECIPE_FILE} without {IDENTITY_FILE}")
+    if strangers:
+        more = f" and {len(strangers) - 4} more" if len(strangers) > 4 else ""
+        raise UserError(
+            f"{folder}: holds {', '.join(strangers[:4])}{more}, which no run wrote, and a run that begins anew deletes "
+            "its folder.\nMove it away, or choose another name or output."
         )
 
 
@@ -116,10 +151,12 @@ def create_run_folder(recipe: Recipe, identity: dict[str, Any]) -> Path:
         identity: see :func:`pipeline.checkpoint.identity.identity_of`.
     """
     folder = run_folder(recipe)
-    remove(folder)
-    folder.mkdir(parents=True)
+    if folder.exists() and any(folder.iterdir()):
+        check_deletable(folder)
+        remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / IDENTITY_FILE, identity)  # first: a folder with it is a run's
     (folder / RECIPE_FILE).write_text(recipe_to_yaml(recipe))
-    write_json(folder / IDENTITY_FILE, identity)
     return folder
 
 
