@@ -65,11 +65,11 @@ def submit(
         for place, job in enumerate(planned):
             if place:
                 print("\n# sbatch " + " ".join(dependency(job, "<number of the job above>")))
-            print(job_script(job, Path.cwd()), end="")
+            print(job_script(job), end="")
         return
     numbers: list[str] = []
     for job in planned:
-        numbers.append(submitted(job, Path.cwd(), environment, after=numbers[-1] if numbers else None))
+        numbers.append(submitted(job, environment, after=numbers[-1] if numbers else None))
         waiting = f", once job {numbers[-2]} has finished well" if numbers[1:] else ""
         print(f"job {numbers[-1]}: {job.title}{waiting}; log {job.log(numbers[-1])}")
     training, log = numbers[0], planned[0].log(numbers[0])

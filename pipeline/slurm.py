@@ -77,8 +77,10 @@ class Job:
         arguments: for it, of every run.
         variants: its runs; several are an array.
         resources: what it asks for.
+        folder: where relative paths begin, absolute.
         output: the recipe's folder of runs.
         local_folder: on the node's own disk, where the run is written there; None writes to ``output``.
+        python: interpreter, on the nodes.
     """
 
     title: str
@@ -87,8 +89,10 @@ class Job:
     arguments: tuple[str, ...]
     variants: tuple[Variant, ...]
     resources: Resources
+    folder: Path
     output: str
     local_folder: str | None = None
+    python: str = sys.executable
 
     @property
     def array(self) -> bool:
@@ -98,7 +102,8 @@ class Job:
     @property
     def options(self) -> list[str]:
         """``#SBATCH`` lines: a stop comes as SIGUSR1 to all processes, and the job returns to the queue by itself."""
-        log = f"{self.output.replace('%', '%%')}/slurm/%x-{'%A_%a' if self.array else '%j'}.log"
+        logs = str(self.logs).replace("%", "%%")  # SLURM replaces % in the whole path
+        log = f"{logs}/%x-{'%A_%a' if self.array else '%j'}.log"
         return [
             f"--job-name={self.name}",
             *([f"--array=0-{len(self.variants) - 1}"] if self.array else []),
@@ -109,18 +114,18 @@ class Job:
             *self.resources.options(),
         ]
 
+    @property
+    def logs(self) -> Path:
+        """Folder of what jobs print."""
+        return self.folder / self.output / "slurm"
+
     def log(self, number: str) -> Path:
-        """Where SLURM writes what the job with this number prints; of an array, a pattern."""
-        return Path(self.output) / "slurm" / f"{self.name}-{number}{'_*' if self.array else ''}.log"
+        """Of the job with this number; of an array, a pattern."""
+        return self.logs / f"{self.name}-{number}{'_*' if self.array else ''}.log"
 
 
-def job_script(job: Job, folder: Path) -> str:
-    """The text for sbatch; no word of the user's is read by a shell.
-
-    Args:
-        job: what runs.
-        folder: where its relative paths begin.
-    """
+def job_script(job: Job) -> str:
+    """The text for sbatch; no word of the user's is read by a shell."""
     environment = Environment(
         loader=FileSystemLoader(REPOSITORY / "launch" / "slurm"),
         undefined=StrictUndefined,
@@ -130,7 +135,7 @@ def job_script(job: Job, folder: Path) -> str:
     )
     environment.filters["quote"] = shlex.quote
     template = environment.get_template(TEMPLATE)
-    return template.render(job=job, folder=str(folder), python=sys.executable, repository=str(REPOSITORY))
+    return template.render(job=job, repository=str(REPOSITORY))
 
 
 def directive(value: str) -> str:
@@ -210,7 +215,7 @@ def jobs(
     evaluate: Literal["same", "separate", "none"],
     local_folder: str | None,
 ) -> list[Job]:
-    """The training and, where it is separate, the evaluation; every run's recipe is read first.
+    """The training and, where it is separate, the evaluation, in this folder; every run's recipe is read first.
 
     Raises:
         UserError: bad input; output on a node's own disk for several nodes; no tasks to evaluate on.
@@ -231,10 +236,12 @@ def jobs(
     output = str(Path(recipe.output).expanduser())
     trained = arguments if evaluate == "same" else ("--no-eval", *arguments)
     title = f"{recipe.name}: training" + (", then evaluation" if evaluate == "same" and recipe.eval.tasks else "")
-    found = [Job(title, name, "launch/sft.py", trained, runs, resources, output, local_folder)]
+    found = [Job(title, name, "launch/sft.py", trained, runs, resources, Path.cwd(), output, local_folder)]
     if evaluate == "separate":
         title = f"{recipe.name}: evaluation"
-        found.append(Job(title, f"{name}-evaluation", "launch/evaluate.py", arguments, runs, resources, output))
+        found.append(
+            Job(title, f"{name}-evaluation", "launch/evaluate.py", arguments, runs, resources, Path.cwd(), output)
+        )
     return found
 
 
@@ -246,12 +253,11 @@ def dependency(job: Job, after: str) -> list[str]:
     return [f"--dependency={'aftercorr' if job.array else 'afterok'}:{after}", "--kill-on-invalid-dep=yes"]
 
 
-def submit(job: Job, folder: Path, environment: Mapping[str, str], after: str | None = None) -> str:
+def submit(job: Job, environment: Mapping[str, str], after: str | None = None) -> str:
     """Hand the script to sbatch.
 
     Args:
         job: what runs.
-        folder: where its relative paths begin.
         environment: for the job.
         after: number of a job that must have finished well before.
 
@@ -262,11 +268,11 @@ def submit(job: Job, folder: Path, environment: Mapping[str, str], after: str | 
         UserError: no sbatch here, or it refuses.
     """
     command = ["sbatch", "--parsable", *([] if after is None else dependency(job, after))]
-    check_writable("output", folder / job.output)
-    (folder / job.output / "slurm").mkdir(parents=True, exist_ok=True)  # else the job ends at once, without a word
+    check_writable("output", job.folder / job.output)
+    job.logs.mkdir(parents=True, exist_ok=True)  # else the job ends at once, without a word
     try:
         done = subprocess.run(
-            command, input=job_script(job, folder), cwd=folder, env=environment, capture_output=True, text=True
+            command, input=job_script(job), cwd=job.folder, env=environment, capture_output=True, text=True
         )
     except FileNotFoundError as error:
         raise UserError(

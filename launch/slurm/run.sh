@@ -63,6 +63,7 @@ run_step() {
         --export=ALL
     )
     unset RANK LOCAL_RANK WORLD_SIZE # of a launcher in whose process sbatch was called
+    export PYTHONUNBUFFERED=1 # what is printed is in the log at once
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     echo "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS processes on $SLURM_JOB_NODELIST"
     srun "${options[@]}" "$PYTHON" "$@"

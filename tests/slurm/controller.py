@@ -1,7 +1,7 @@
 """A real SLURM cluster of two nodes on this machine, from Debian's slurm-wlm and munge, all of it in one folder.
 
 The nodes are called by addresses of the loopback interface, so that their names resolve as they do on a cluster.
-Each offers 16 cores and 4 graphics cards, which are only counted: jobs of several ranks fit on any machine.
+Each offers 64 cores and 16 graphics cards, which are only counted: jobs of several ranks fit on any machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -52,8 +52,8 @@ MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
-NodeName={nodes[0]} NodeHostname={host} NodeAddr={nodes[0]} Port={ports[1]} CPUs=16 RealMemory=1000 Gres=gpu:4
-NodeName={nodes[1]} NodeHostname={host} NodeAddr={nodes[1]} Port={ports[2]} CPUs=16 RealMemory=1000 Gres=gpu:4
+NodeName={nodes[0]} NodeHostname={host} NodeAddr={nodes[0]} Port={ports[1]} CPUs=64 RealMemory=1000 Gres=gpu:16
+NodeName={nodes[1]} NodeHostname={host} NodeAddr={nodes[1]} Port={ports[2]} CPUs=64 RealMemory=1000 Gres=gpu:16
 PartitionName=cheap Nodes={nodes[0]},{nodes[1]} Default=YES State=UP PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes={nodes[0]},{nodes[1]} State=UP PriorityTier=9
 """
@@ -79,9 +79,10 @@ class Cluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         return {**kept, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCHED}
 
-    def run(self, *command: str, cwd: Path | None = None) -> str:
+    def run(self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
         """What a command of SLURM's prints; it must succeed."""
-        done = subprocess.run(command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+        given = self.environment if environment is None else environment
+        done = subprocess.run(command, env=given, cwd=cwd, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout.strip()
 
@@ -132,7 +133,7 @@ def started_cluster(folder: Path, kill_wait: int = 30) -> Iterator[Cluster]:
     folder.chmod(0o755)  # munged refuses a socket in a folder that others may write to, or may not enter
     values = {"host": socket.gethostname(), "nodes": NODES, "ports": _free_ports(3), "folder": folder}
     (folder / "slurm.conf").write_text(CONFIGURATION.format(**values, kill_wait=kill_wait))
-    (folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-3]\n")
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-15]\n")
     cluster = Cluster(folder)
     munged = ["munged", "--foreground", "--force", "--key-file", key, "--socket", folder / "munge.socket"]
     munged += ["--pid-file", folder / "munged.pid", "--log-file", folder / "munged.log", "--seed-file", folder / "seed"]
