@@ -28,7 +28,7 @@ from pipeline.processes import world_size
 from pipeline.provenance import git_state, machine, now, versions
 from pipeline.recipe import Recipe, recipe_to_yaml
 from pipeline.redaction import command_line
-from pipeline.run_folder import PROVENANCE_FILE, read_history
+from pipeline.run_folder import read_history, read_provenance
 
 STDERRS: dict[Callable[..., float], Callable[..., float]] = {mean: mean_stderr, acc_all: acc_all_stderr}
 """Closed-form standard errors. lm-eval gives them only together with its bootstrap of the other metrics, which
@@ -124,7 +124,6 @@ def our_section(
         warnings: that the reader of the scores must see.
     """
     ensemble = recipe.eval.ensemble
-    training = adapter / PROVENANCE_FILE
     peft = read_peft_config(adapter)
     evaluation = {
         "versions": versions(),
@@ -170,7 +169,7 @@ def our_section(
         "limit": recipe.eval.limit,
         "prompt": recipe.eval.prompt,
         "provenance": {
-            "training": json.loads(training.read_text()) if training.exists() else None,
+            "training": read_provenance(adapter),
             "evaluation": evaluation,
         },
         "recipe": recipe.model_dump(),

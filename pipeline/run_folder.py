@@ -180,6 +180,24 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return [_record(file, number, line) for number, line in enumerate(lines, start=1) if line.endswith(b"\n")]
 
 
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """What a run recorded of itself; None where there is nothing.
+
+    Raises:
+        UserError: the file is damaged, or not a run's.
+    """
+    file = folder / PROVENANCE_FILE
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON ({error}); the file was damaged or edited") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{file}: expected an object, what a run records of itself; the file was damaged or edited")
+    return record
+
+
 def _record(file: Path, number: int, line: bytes) -> dict[str, Any]:
     """A line of the history. Raises ``UserError`` for one that holds no record."""
     try:

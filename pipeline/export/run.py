@@ -23,6 +23,7 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
 
 from pipeline.adapter.check import check_adapter, why_unmasked
 from pipeline.adapter.files import (
@@ -38,12 +39,12 @@ from pipeline.errors import UserError
 from pipeline.export.manifest import MANIFEST_FILE, Form, read_manifest
 from pipeline.export.members import MemberWriter
 from pipeline.export.merge import check_mergeable, check_shard_size, merge_type, merged_model
+from pipeline.json_file import write_json
 from pipeline.model_card import rates_in_words, write_export_card
 from pipeline.preflight.estimate import in_words
-from pipeline.json_file import write_json
 from pipeline.provenance import git_state, now, versions
 from pipeline.recipe import Recipe, load_recipe, schema
-from pipeline.run_folder import PROVENANCE_FILE, RECIPE_FILE, check_writable, read_history
+from pipeline.run_folder import RECIPE_FILE, check_writable, read_history, read_provenance
 
 AVERAGES = {
     "logits": "at every token, the mean of the members' logits in float32, then one softmax",
@@ -269,11 +270,18 @@ def write_ensemble(
 
 def write_card(source: Source, words: str, library: str, folder: Path) -> None:
     """``README.md``, with the training where it is known."""
-    record = source.folder / PROVENANCE_FILE
+    record = read_provenance(source.folder)
     trained = None
-    if source.recipe is not None and record.exists():
-        trained = (source.recipe, json.loads(record.read_text()), read_history(source.folder))
+    if source.recipe is not None and record is not None and is_whole(record):
+        trained = (source.recipe, record, read_history(source.folder))
     write_export_card(source.name, words, source.base.model, library, folder, trained)
+
+
+def is_whole(record: dict[str, Any]) -> bool:
+    """Whether a run's provenance has what a model card says of it."""
+    data = record.get("data")
+    known = isinstance(data, list) and all(isinstance(entry, dict) and {"rows", "split"} <= {*entry} for entry in data)
+    return known and isinstance(record.get("processes"), int) and isinstance(record.get("engine"), str)
 
 
 def manifest(form: Form, source: Source) -> dict[str, Any]:
@@ -360,17 +368,27 @@ def check_disk(folder: Path, size: int) -> None:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A folder beside the final one, which takes its place in the end, whole; an error leaves everything as it was."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """A folder beside the final one, which takes its place in the end, whole; an error leaves everything as it was.
+
+    Raises:
+        UserError: the disk is full, or cannot be written any more.
+    """
+    folder = folder.resolve()  # where a link leads
     part, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "old"))
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-    part.mkdir()
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+        part.mkdir()
         yield part
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         part.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: cannot be written: {error}.\n"
+            "Nothing of it is kept, and what was there is as it was. Make room, or choose another disk with --output."
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
