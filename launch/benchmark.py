@@ -4,6 +4,8 @@ python launch/benchmark.py recipes/pocket/pocket.yaml [key=value ...]          o
 python launch/benchmark.py --shape llama2-7b --layers 4 [key=value ...]        random base of that size, no download
 python launch/benchmark.py --level layer --shape llama2-7b --tokens 512        one linear layer of it
 python launch/benchmark.py --level evaluation --shape width-1024 --layers 4    scoring and decoding, against lm-eval
+python launch/benchmark.py --level checkpoint recipes/pocket/pocket.yaml       checkpoints, heartbeat and logs
+python launch/benchmark.py --level traffic --shape llama2-7b --processes 4     bytes that ranks exchange, counted
 
 Settings come from the recipe, by default recipes/alpaca.yaml. The variants share one frozen base; each has an adapter
 and an optimizer of its own.
@@ -45,18 +47,18 @@ def recipe_and_overrides(words: list[str], shape: str | None) -> tuple[Path, lis
     return Path(files[0]) if files else REPOSITORY / "recipes/alpaca.yaml", [word for word in words if "=" in word]
 
 
-def check_evaluation(shape: str | None, plot: Path | None, variants: str) -> None:
-    """Refuse options that ``--level evaluation`` has not.
+def check_level(level: str, shape: str | None, plot: Path | None, variants: str) -> None:
+    """Refuse options that the levels besides training steps have not.
 
     Raises:
         UserError: names the option.
     """
-    if shape is None:
+    if level == "evaluation" and shape is None:
         raise UserError("--level evaluation: measures a random base; give its --shape, e.g. --shape width-1024")
     if plot is not None:
-        raise UserError("--plot: --level evaluation draws none; leave it out, --json has the numbers")
+        raise UserError(f"--plot: --level {level} draws none; leave it out, --json has the numbers")
     if variants != DEFAULT_VARIANTS:
-        raise UserError("--variants: are of training steps; --level evaluation has its own, leave the option out")
+        raise UserError(f"--variants: are of training steps; --level {level} has its own, leave the option out")
 
 
 def benchmark(
@@ -71,9 +73,12 @@ def benchmark(
         typer.Option(min=2, help="Random tokens per row. Default: the recipe's rows; its longest, if random."),
     ] = None,
     level: Annotated[
-        Literal["model", "layer", "evaluation"],
-        typer.Option(help="Training steps, one linear layer, or evaluation with an ensemble."),
+        Literal["model", "layer", "evaluation", "checkpoint", "traffic"],
+        typer.Option(
+            help="Training steps, one linear layer, evaluation with an ensemble, checkpoints and logs, bytes."
+        ),
     ] = "model",
+    processes: Annotated[int, typer.Option(min=2, help="Ranks of --level traffic.")] = 2,
     variants: Annotated[
         str, typer.Option(help="lora, lora-dropout, example[-N], instance-N[-sequential].")
     ] = DEFAULT_VARIANTS,
@@ -96,8 +101,9 @@ def benchmark(
 
     recipe = load_recipe(recipe_file, overrides)
 
+    if level in ("evaluation", "checkpoint", "traffic"):
+        check_level(level, shape, plot, variants)
     if level == "evaluation":
-        check_evaluation(shape, plot, variants)
         from eval.benchmark import benchmark as run_evaluation
         from eval.benchmark import print_result as print_evaluation
 
@@ -115,6 +121,26 @@ def benchmark(
         with progress(Console(stderr=True)) as tell:
             found = run_evaluation(recipe, shape, layers, tokens, rounds, warmup, seed, tell)
         print_evaluation(found)
+        if json_file is not None:
+            write_json(json_file, found)
+        return
+    if level == "checkpoint":
+        from pipeline.benchmark.saving import benchmark as run_saving
+        from pipeline.benchmark.saving import print_result as print_saving
+
+        with progress(Console(stderr=True)) as tell:
+            found = run_saving(recipe_file, overrides, recipe, shape or "llama2-7b", rounds, tell)
+        print_saving(found)
+        if json_file is not None:
+            write_json(json_file, found)
+        return
+    if level == "traffic":
+        from pipeline.benchmark.traffic import benchmark as run_traffic
+        from pipeline.benchmark.traffic import print_result as print_traffic
+
+        with progress(Console(stderr=True)) as tell:
+            found = run_traffic(shape or "llama2-7b", layers, processes, tell)
+        print_traffic(found)
         if json_file is not None:
             write_json(json_file, found)
         return

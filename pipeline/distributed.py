@@ -36,17 +36,28 @@ def check_launch(recipe: Recipe) -> None:
         )
 
 
+PERSISTENT_ELEMENTS = 100_000
+"""ZeRO-3 keeps tensors up to this size whole on every rank between two steps."""
+REUSE_ELEMENTS = 250_000_000
+"""ZeRO-3 does not let go of what a quantised model needs again within so many elements."""
+SHRUNK = 1
+"""Divides DeepSpeed's limits, which count elements. A benchmark sets it where a small model stands for a larger one."""
+
+
 def deepspeed_config(recipe: Recipe) -> dict[str, object] | None:
     """DeepSpeed's configuration, or None under plain ``python``. ``"auto"`` values are filled in by transformers."""
     if not launched():
         return None
     stage, offload = recipe.distributed.zero, recipe.distributed.offload
     # DeepSpeed's buckets of 5e8 elements are for whole models: 1 GB of buffer for a 40-million-parameter adapter
-    zero: dict[str, object] = {"stage": stage, "reduce_bucket_size": 50_000_000}
+    zero: dict[str, object] = {"stage": stage, "reduce_bucket_size": 50_000_000 // SHRUNK}
+    if stage == 3:  # DeepSpeed's own defaults
+        zero["stage3_prefetch_bucket_size"] = 50_000_000 // SHRUNK
+        zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS // SHRUNK
     if stage == 3 and recipe.base.quantization == "nf4":
         # DeepSpeed keeps up to 1e9 gathered *elements*; a 4-bit weight is a quarter of one, so its default is most of a
         # 7B base. This is the same share of it as of a 16-bit model.
-        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = 250_000_000
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = REUSE_ELEMENTS // SHRUNK
     if offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if offload == "all":

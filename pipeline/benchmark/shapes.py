@@ -38,6 +38,7 @@ SHAPES: Mapping[str, Mapping[str, int | bool]] = MappingProxyType(
         "llama2-7b": _llama(4096, 11008, 32, 32, 32, 32000),
         "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
         "llama2-13b": _llama(5120, 13824, 40, 40, 40, 32000),
+        "llama2-70b": _llama(8192, 28672, 80, 64, 8, 32000),
     }
 )
 """LLaMA configurations by name, as their authors published them; ``tiny`` and ``width-*`` are ours."""

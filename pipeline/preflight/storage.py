@@ -8,7 +8,7 @@ from pipeline.preflight.estimate import PLAIN, ModelShape, Numerics
 
 ENTRY_BYTES = 140
 """Of one tensor in the header of a safetensors file: name, dtype, shape, offsets. Names have about 90 characters."""
-RANDOM_BYTES = 14_000
+RANDOM_BYTES = 13_500
 """State of one rank's generators in ``rng.json``: 2,500 bytes of Python's and of NumPy's, 5,056 of torch's, in text."""
 JSON_BYTES = 7_000
 """The other JSON files of a checkpoint, together."""
