@@ -49,6 +49,7 @@ from pipeline.recipe.training import resolved_training
 from pipeline.run_folder import (
     HISTORY_FILE,
     PROVENANCE_FILE,
+    RECIPE_FILE,
     check_run_folder,
     continue_run_folder,
     create_run_folder,
@@ -182,15 +183,18 @@ def _memory_advice(recipe: Recipe) -> Iterator[None]:
 @contextmanager
 def _disk_advice(recipe: Recipe) -> Iterator[None]:
     """Context in which a disk that takes no more, under TensorBoard's files as under ours, is told with what to do."""
+    folder = run_folder(recipe)
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        raise UserError(
-            f"{run_folder(recipe)}: cannot be written any more: {error.strerror}.\n"
-            "Make room, then run the same command again: it goes on from the newest checkpoint."
-        ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise UserError(
+                f"{folder}: cannot be written any more: {error.strerror}.\n"
+                "Make room, then run the same command again: it goes on from the newest checkpoint."
+            ) from error
+        if error.errno == errno.ENOENT and not (folder / RECIPE_FILE).exists():
+            raise UserError(f"{folder}: is gone, or was emptied, while this run trained into it.") from error
+        raise
 
 
 def _execution(recipe: Recipe, origin: Origin, choice: Choice) -> Choice:

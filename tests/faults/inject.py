@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from faults.outcome import ADAPTER, checkpoints, damaged, digest, newest_whole, resumed_step, trajectory
-from faults.place import Outcome, Place, Skipped, logged, prepare, recovered, refused, wait_until
+from faults.place import Outcome, Place, Skipped, last_words, logged, prepare, recovered, refused, wait_until
 
 DISK = 200
 """MiB: three checkpoints of 30, and what is left free beside them."""
@@ -151,8 +151,13 @@ def damage(place: Place) -> Iterator[Outcome]:
     place.restore()
     folder = place.run / "checkpoints" / "checkpoint-6"
     damaged(folder / "state.json", "flipped", place.draw)
-    attempt = place.start(f"training.resume={folder}")
-    yield refused("training.resume is the path of a damaged checkpoint", attempt, "state.json")
+    attempt = place.start(f"training.resume={folder}", "name=other")
+    yield refused("training.resume is the path of a damaged checkpoint", attempt, r"state\.json")
+    place.restore()
+    history = place.run / "history.jsonl"
+    lines = history.read_bytes().splitlines(keepends=True)
+    history.write_bytes(lines[0] + b"\0" * 300 + b"\n" + b"".join(lines[1:]))
+    yield refused("history.jsonl with zeros in it, as after a power cut", place.start(), r"history\.jsonl.*line 2")
 
 
 # inputs
@@ -208,11 +213,15 @@ def processes(place: Place) -> Iterator[Outcome]:
     yield outcome
     yield recovered("... and started again", place, place.start())
     shutil.rmtree(place.run, ignore_errors=True)
-    first = place.start()
+    first = place.start("training.max_steps=3000")
     wait_until(first, lambda: (place.run / "recipe.yaml").exists())
-    second = place.start()
-    yield refused("a second run into the folder", second, r"process \d+ on .* is training|already holds")
-    yield recovered("... and the first one", place, first)
+    second = place.start("training.max_steps=3000")
+    yield refused("a second run into the folder", second, r"process \d+ on .* is training into this folder")
+    outcome = Outcome(
+        "... and the first one trains on", None, "", "" if first.process.poll() is None else last_words(first)
+    )
+    first.end()
+    yield outcome
 
 
 def out_of_memory(place: Place) -> Iterator[Outcome]:

@@ -86,7 +86,7 @@ class Outcome:
 def last_words(attempt: Attempt) -> str:
     """The error message, or the end of what was said."""
     said = attempt.said()
-    found = re.search(r"^error: .*(\n(?!\[|Traceback|$).*)*", said, re.MULTILINE)
+    found = re.search(r"error: .*(\n(?!\[|Traceback|$).*)*", said, re.MULTILINE)
     return found[0] if found else said[-600:]
 
 
