@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.observation.status import plain_json
 from pipeline.processes import rank, world_size
+from pipeline.redaction import redacted
 
 LOG = logging.getLogger("lora_dropout")
 LOG.setLevel(logging.INFO)
@@ -57,7 +58,8 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         fields = {key: value for key, value in vars(record).items() if key not in _OF_EVERY_RECORD}
-        return json.dumps(plain_json({**line, **fields, **line}), default=str)  # the line's own keys stand, and first
+        told = json.dumps(plain_json({**line, **fields, **line}), default=str)  # the line's own keys stand, and first
+        return redacted(told)
 
 
 class RankLogHandler(logging.FileHandler):
@@ -124,6 +126,14 @@ def _ends_within_a_line(file: Path) -> bool:
             return False
         content.seek(-1, os.SEEK_END)
         return content.read(1) != b"\n"
+
+
+def plain_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With the numbers that JSON does not have as words: "nan", "inf", "-inf"."""
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
 
 
 def read_rank_log(file: Path) -> list[dict[str, Any]]:

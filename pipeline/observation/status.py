@@ -9,20 +9,22 @@ Nothing here imports torch: ``launch/status.py`` answers at once.
 from __future__ import annotations
 
 import json
-import math
+import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.exit_status import FINISHED, INTERRUPTED, STOPPED
+from pipeline.observation.rank_log import LOG, plain_json
 from pipeline.processes import is_main, rank, world_size
+from pipeline.redaction import redacted
 from pipeline.supervision.pulse import Pulse
 
 STATUS_FILE = "status.json"
@@ -141,18 +143,20 @@ class RunStatus:
             message=None,
             exit_status=None,
         )
+        if self._writes and not evaluates:
+            self._remove_leftovers()
         self.write()
 
     def beat(self, pulse: Pulse) -> None:
         """A sign of life: write, with what the main thread says it does or how it ended, now and from now on."""
         self._pulse = pulse
+        self._follow_pulse()  # on all ranks: each has a log
         self.write()
 
     def end(self, exit_status: int, message: str = "") -> None:
         """The last word, where no pulse tells it; the first one stands."""
-        if self.now.state == "running":
-            self._note_end(exit_status, message)
-            self.write()
+        self._note_end(exit_status, message)
+        self.write()
 
     def write(self) -> None:
         """Replace the file. Where that fails (full disk, read-only) the run goes on, with one warning."""
@@ -183,16 +187,25 @@ class RunStatus:
 
     def _note_end(self, exit_status: int, message: str) -> None:
         now = self.now
+        if now.state != "running":
+            return
         now.state, now.phase, now.exit_status = state_of(exit_status), "ended", exit_status
-        now.message, now.seconds_left = message or None, None
+        now.message, now.seconds_left = redacted(message) or None, None
+        level = logging.ERROR if now.state == "failed" else logging.INFO
+        LOG.log(level, now.state, extra={"exit_status": exit_status, "step": now.step, "text": now.message})
 
     def _count_task(self) -> None:
         """Progress of an evaluation."""
         task = self.task()
         self.now.task = task.what if task else None
         self.now.share = task.done / task.total if task and task.total else None
-        if task is not None and self.now.state == "running":
-            self.now.seconds_left = task.seconds_left
+        if self.now.phase == "evaluating":
+            self.now.seconds_left = task.seconds_left if task else None
+
+    def _remove_leftovers(self) -> None:
+        """What an attempt left that was killed while it wrote."""
+        for aside in self.file.parent.glob(f".{STATUS_FILE}.*"):
+            aside.unlink(missing_ok=True)
 
     def _warn(self, error: OSError) -> None:
         if self._warned:
@@ -234,14 +247,6 @@ def age_seconds(status: Status) -> float:
 def sign_of_life(status: Status) -> bool:
     """Whether a run that says it runs has been heard of lately; a run that has ended need not be."""
     return status.state != "running" or age_seconds(status) <= MISSED_BEATS * status.heartbeat_seconds + GRACE_SECONDS
-
-
-def plain_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With the numbers that JSON does not have as words: "nan", "inf", "-inf"."""
-    return {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
-    }
 
 
 def _now() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.checkpoint.files import listed_checkpoints
+from pipeline.observation.rank_log import LOG
 from pipeline.processes import is_main
 from pipeline.supervision.bad_steps import StepGuard
 from pipeline.supervision.supervisor import Supervisor
@@ -127,6 +128,7 @@ class SupervisionCallback(TrainerCallback):
             control.should_save = False
 
     def _warn(self, step: int, fault: str) -> None:
+        LOG.warning("bad step", extra={"step": step, "fault": fault, "bad_steps": self.guard.bad})
         if is_main():
             left_out = "; its update is left out" if self.guard.settings.on_bad_step == "skip" else ""
             print(f"warning: step {step}: {fault}{left_out} ({self.guard.bad} bad steps so far)", flush=True)

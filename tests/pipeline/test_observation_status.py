@@ -17,8 +17,15 @@ from eval.logs import CountedBar, current_task, progress_bar
 from pipeline.errors import UserError
 from pipeline.observation import status as module
 from pipeline.observation.evaluation import observed_evaluation
-from pipeline.observation.rank_log import LOG, RankLogHandler, rank_log, rank_log_file, read_rank_log
-from pipeline.observation.status import RunStatus, Status, Task, plain_json, read_status, sign_of_life, state_of
+from pipeline.observation.rank_log import (
+    LOG,
+    RankLogHandler,
+    plain_json,
+    rank_log,
+    rank_log_file,
+    read_rank_log,
+)
+from pipeline.observation.status import RunStatus, Status, Task, read_status, sign_of_life, state_of
 from pipeline.supervision.pulse import Pulse
 
 
@@ -67,6 +74,29 @@ def test_the_heartbeat_says_what_the_main_thread_does_and_how_it_ended(tmp_path:
         "stopped",
         "stopped",
     ]
+
+
+def test_the_end_is_in_the_log_of_each_rank_and_secrets_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "not-to-be-seen-anywhere")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        with rank_log(tmp_path):
+            status, pulse = RunStatus(tmp_path), Pulse()
+            pulse.end(2, "401 for not-to-be-seen-anywhere")
+            status.beat(pulse)
+            status.beat(pulse)
+    for rank in (0, 1):
+        (failed,) = [line for line in read_rank_log(rank_log_file(tmp_path, rank)) if line["event"] == "failed"]
+        assert (failed["level"], failed["exit_status"], failed["text"]) == ("error", 2, "401 for ***")
+    assert not any(b"not-to-be-seen" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".status.json.4711").write_text("{")
+    RunStatus(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["status.json"]
 
 
 def test_attempts_are_counted_and_an_evaluation_is_none(tmp_path: Path) -> None:
