@@ -40,7 +40,7 @@ def check_restarts(recipe: Recipe, evaluations: Path) -> None:
     fruitless = 0 if gained else before["fruitless"] + 1
     if fruitless >= FRUITLESS_STARTS:
         raise UserError(
-            f"{folder}: job {job} was started {fruitless + 1} times and left nothing newer than {_in_words(reached)}.\n"
+            f"{folder}: job {job} was started again {fruitless} times and left nothing newer than {_in_words(reached)}.\n"
             "Look into the log for what stops it: a time limit too short for the start and a step, or preemption. "
             "The same command, submitted anew, goes on."
         )

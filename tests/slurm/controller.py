@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -16,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 NODES = ("127.0.0.1", "127.0.0.2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -147,16 +148,26 @@ def started_cluster(folder: Path, kill_wait: int = 30) -> Iterator[Cluster]:
             if command is munged:
                 _wait_for(folder / "munge.socket")
         _wait_until_idle(cluster, daemons)
-        try:
-            yield cluster
-        finally:  # no job outlives its cluster
-            subprocess.run(["scancel", "--signal=KILL", "--full", "--user=root"], env=cluster.environment, timeout=30)
-            subprocess.run(["scancel", "--user=root"], env=cluster.environment, timeout=30)
-            _wait_until_idle(cluster, daemons)
+        yield cluster
     finally:
-        for daemon in reversed(daemons):
-            daemon.send_signal(signal.SIGTERM)
-            daemon.wait(timeout=30)
+        _end(cluster, daemons)
+
+
+def _end(cluster: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
+    """End the daemons, last first, and what is left of their jobs: all have this cluster's file in the environment."""
+    for daemon in reversed(daemons):
+        daemon.terminate()
+        try:
+            daemon.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SLURM_CONF") == cluster.environment["SLURM_CONF"]:
+                process.kill()
+        except psutil.Error:  # it has ended
+            continue
 
 
 def _wait_for(file: Path) -> None:

@@ -1,0 +1,81 @@
+"""Ranks from what SLURM tells its tasks."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import processes
+
+TASK = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "gpu[007-008,012],login",
+    "SLURM_NTASKS": "64",  # of the job
+}
+ADOPTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SHOW = f"from pipeline.processes import *; import os; adopt_slurm_task(); print([os.environ.get(k) for k in {ADOPTED}])"
+
+
+def adopted(**environment: str) -> list[str | None]:
+    """What a process without a terminal makes of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        start_new_session=True,
+    )
+    return list(eval(done.stdout))
+
+
+def test_a_task_is_a_rank_of_its_step() -> None:
+    assert adopted(**TASK) == ["3", "1", "5", "2", "gpu007", "24711"]
+    assert adopted(**TASK, MASTER_ADDR="10.0.0.1", MASTER_PORT="29500")[4:] == ["10.0.0.1", "29500"]
+
+
+def test_a_launcher_within_a_step_comes_first_and_a_batch_script_is_no_task() -> None:
+    assert adopted(**TASK, RANK="0", WORLD_SIZE="2")[:3] == ["0", None, "2"]
+    assert adopted(**{name: value for name, value in TASK.items() if name != "SLURM_STEP_ID"}) == [None] * 6
+
+
+def test_a_command_at_a_terminal_is_one_process() -> None:
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, "-c", SHOW], {"PATH": os.environ["PATH"], **TASK})
+    said = os.read(terminal, 4096).decode()
+    os.waitpid(process, 0)
+    assert said.strip() == str([None] * 6)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("n1", "n1"), ("n[1-2]", "n1"), ("a,b[2-3]", "a"), ("c[01,3]n[2-4],d", "c01n2"), ("10.0.0.[9-12]", "10.0.0.9")],
+)
+def test_rank_0_is_on_the_first_host(hosts: str, first: str) -> None:
+    assert processes._first_host(hosts) == first
+
+
+@given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 9)), min_size=1))
+def test_tasks_per_node(runs: list[tuple[int, int]]) -> None:
+    text = ",".join(str(tasks) if times == 1 else f"{tasks}(x{times})" for tasks, times in runs)
+    assert processes._tasks_per_node(text) == [tasks for tasks, times in runs for _ in range(times)]
+
+
+@given(st.integers(1, 2**26), st.integers(-999, 999), st.integers(0, 11), st.integers(0, 11))
+def test_steps_on_one_host_have_ports_of_their_own(job: int, apart: int, step: int, other: int) -> None:
+    mine, theirs = processes._port(job, step), processes._port(job + apart, other)
+    assert 20000 <= mine < 32768
+    assert (mine == theirs) == ((apart, step) == (0, other))
