@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.processes import launched
+from pipeline.processes import launched, rank
 from pipeline.recipe import Recipe
 
 
@@ -113,6 +115,17 @@ def take_back_first_step(optimizer: Any) -> None:
     for moments in optimizer.optimizer.state.values():
         if "step" in moments:
             moments["step"] = moments["step"] * 0  # a tensor or a number
+
+
+def unlink_shared_buffers() -> None:
+    """On a CPU, take the names of DeepSpeed's shared buffers away; each rank, when all ranks have mapped them.
+
+    DeepSpeed never does: each run leaves 66 MiB of memory per rank in /dev/shm until the machine starts anew, and one
+    that was killed leaves a half-finished exchange to the next run on the same port. Seen in deepspeed 0.19.8
+    (ops/csrc/cpu/comm/shm.cpp); delete when its shared_close is called. What is mapped stays usable.
+    """
+    names = (str(os.getuid()), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), str(rank()))
+    Path("/dev/shm", "_".join(("deepspeed_allreduce_buffer", *names))).unlink(missing_ok=True)
 
 
 def loss_scaler_of(optimizer: Any) -> Any:

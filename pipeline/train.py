@@ -27,7 +27,7 @@ from pipeline.checkpoint.optimizer import check_optimizer
 from pipeline.checkpoint.resume import Origin, origin_of, told, whole_checkpoint
 from pipeline.checkpoint.training_state import read_progress
 from pipeline.data import Splits, cached_splits
-from pipeline.distributed import adapter_weights, check_launch, zero_stage
+from pipeline.distributed import adapter_weights, check_launch, unlink_shared_buffers, zero_stage
 from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.json_file import write_json
@@ -38,7 +38,7 @@ from pipeline.observation.flops import TokenWork, empty_base_work, own_peak_flop
 from pipeline.observation.observer import RunObserver
 from pipeline.observation.progress import PlainWordsCallback
 from pipeline.observation.rank_log import rank_log
-from pipeline.observation.status import RunStatus
+from pipeline.observation.status import RunStatus, read_status
 from pipeline.observation.throughput import Throughput
 from pipeline.preflight.execution import Choice, execution_in_force
 from pipeline.preflight.numbers import model_shape
@@ -105,6 +105,7 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
     origin = origin_of(recipe, splits, overwrite)
     arguments = sft_config(recipe, folder, origin.accumulation)
     check_same_everywhere(folder, origin.in_words)
+    unlink_shared_buffers()  # all ranks have met
     if origin.finished:
         if is_main():
             print(f"{folder}: this run is finished, with this very recipe, data and base; nothing is left to train")
@@ -117,13 +118,14 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
     set_seed(recipe.seed)
     model = load_base(recipe.base)
     checkpoint = whole_checkpoint(origin)
+    before = None if overwrite else read_status(folder)
     if is_main():
         if checkpoint is None or checkpoint.parent.parent != folder:
             create_run_folder(recipe, origin.identity)
         else:
             continue_run_folder(recipe, read_progress(checkpoint).step)
     PartialState().wait_for_everyone()
-    status = RunStatus(folder, recipe.supervision.heartbeat_seconds, goes_on=evaluated)
+    status = RunStatus(folder, recipe.supervision.heartbeat_seconds, goes_on=evaluated, before=before)
     watched = supervised(folder, recipe.supervision, [status.beat])
     with rank_log(folder), watched as supervisor, _memory_advice(recipe), _disk_advice(recipe):
         supervisor.pulse.progress("loading")

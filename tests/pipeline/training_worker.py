@@ -40,7 +40,7 @@ from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.arguments import sft_config
 from pipeline.base import load_base, load_tokenizer
 from pipeline.data import load_rows, load_splits
-from pipeline.distributed import adapter_weights
+from pipeline.distributed import adapter_weights, unlink_shared_buffers
 from pipeline.processes import is_main, launched
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.trainer import LoraDropoutTrainer
@@ -209,6 +209,7 @@ def run(job: dict[str, Any], folder: Path) -> None:
         }
         (folder / f"{job['name']}.json").write_text(json.dumps(record))
     trainer.accelerator.wait_for_everyone()
+    unlink_shared_buffers()
     trainer.accelerator.free_memory()
     unset_hf_deepspeed_config()
 
