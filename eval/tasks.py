@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from eval.logs import quiet
 from eval.prompt import TrainingPrompt
+from eval.task_code import check_task_code
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, schema
 
@@ -31,6 +32,7 @@ TASK_FILE_ERRORS = (
     LookupError,  # a split or column that the data has not
     ValueError,
     TypeError,  # a key that lm-eval does not know
+    RuntimeError,  # a data set that is a script, which datasets no longer runs
     ImportError,  # !function of a module that is not there
     AttributeError,  # !function of a function that is not there
     yaml.YAMLError,
@@ -142,12 +144,13 @@ def _loaded(name: str, manager: TaskManager) -> list[Task | Group]:
     """A task, a group, a group's member, or a tag's tasks, with their documents.
 
     Raises:
-        UserError: its file or its data cannot be read; a member that the group has not.
+        UserError: its file or its data cannot be read; a member that the group has not; code from elsewhere.
     """
     group, _, member = name.partition(MEMBER)
     try:
         # lm-eval warns about defaults it fills in and about how custom_dataset gets its arguments
         with quiet("lm_eval"):
+            check_task_code([group if member else name], manager)
             loaded = manager.load([group if member else name])
     except TASK_FILE_ERRORS as error:
         raise UserError(

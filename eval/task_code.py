@@ -1,0 +1,88 @@
+"""Code that a task would bring along, looked for before any of it is loaded.
+
+A task file's own ``!function`` is code by design, like a recipe's task folders: yours, or lm-eval's. Two things come
+from elsewhere: metrics that lm-eval does not have, which it fetches from the Hub and runs, and tasks that run what the
+model writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.metrics  # noqa: F401  fills the registry
+from lm_eval.api.registry import METRIC_REGISTRY
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml  # private, as in eval/local_task.py
+
+from pipeline.errors import UserError
+
+Configuration = Mapping[str, Any]
+
+
+def check_task_code(names: Sequence[str], manager: TaskManager) -> None:
+    """Refuse tasks with code from elsewhere.
+
+    Args:
+        names: of tasks, groups, tags and files, all known.
+        manager: that knows them.
+
+    Raises:
+        UserError: names the tasks, and why.
+    """
+    configurations = [found for name in names for found in configurations_of(name, manager, ())]
+    unsafe = sorted({str(found.get("task")) for found in configurations if found.get("unsafe_code")})
+    if unsafe:
+        raise UserError(f"eval.tasks: {', '.join(unsafe)} would run code that the model writes, which is not done here")
+    for found in configurations:
+        foreign = foreign_metrics(found)
+        if foreign:
+            raise UserError(
+                f"eval.tasks: {found.get('task')} is scored by {', '.join(foreign)}, which lm-eval does not have: it would "
+                "fetch the metric's code from the Hub and run it, which is not done here.\n"
+                "Choose another task, or name a function of your own in a copy of its file (metric: !function ...)."
+            )
+
+
+def foreign_metrics(task: Configuration) -> list[str]:
+    """Metrics that lm-eval would look for on the Hub."""
+    if task.get("process_results") is not None:  # it scores by itself
+        return []
+    metrics = [entry for entry in task.get("metric_list") or [] if isinstance(entry, dict)]
+    return [
+        entry["metric"]
+        for entry in metrics
+        if isinstance(entry.get("metric"), str)
+        and not is_function(entry["metric"])
+        and (entry["metric"] not in METRIC_REGISTRY or entry.get("hf_evaluate") is True)
+    ]
+
+
+def is_function(metric: str) -> bool:
+    """Whether an unresolved entry is a ``!function``, which lm-eval's index holds as the path of its module."""
+    return Path(metric).is_absolute()
+
+
+def configurations_of(name: str, manager: TaskManager, above: tuple[str, ...]) -> Iterator[Configuration]:
+    """The files of a task, or of all tasks of a group or tag, with their functions left unresolved."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        file = Path(name).expanduser()
+        found = load_yaml(file, resolve_func=False) if file.is_file() else {}
+    elif entry.cfg is None:
+        found = {"task": sorted(entry.tags)}  # a tag
+    else:
+        found = entry.cfg
+    members = found.get("task")
+    if not isinstance(members, list):
+        yield found
+        return
+    for member in members:
+        settings = member if isinstance(member, dict) else {}
+        inner = settings.get("task") or settings.get("group") if settings else member
+        if isinstance(inner, str) and inner not in above and inner in manager.task_index:
+            for of_inner in configurations_of(inner, manager, (*above, name)):
+                yield {**of_inner, **{key: value for key, value in settings.items() if key not in ("task", "group")}}
+        elif settings:
+            yield settings
