@@ -101,6 +101,8 @@ class SupervisionCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A measured set is done."""
         self._evaluation_seconds = time.monotonic() - self._evaluation_began
+        watch = self.supervisor.watch
+        watch.slowest_step = max(watch.slowest_step, self._evaluation_seconds)
         self._keep_last_good(control)
         self.supervisor.pulse.progress("saving" if control.should_save else "training")
 

@@ -103,7 +103,7 @@ class Watch:
         self.failed_first = False
         """Whether this rank's failure was the run's first: it is said in full, whichever rank it is."""
         self.slowest_step = 0.0
-        """Seconds; a scheduler's early warning (SIGUSR1) waits for twice as long."""
+        """Seconds, validation included; a scheduler's early warning (SIGUSR1) waits for twice as long."""
         self._deferred = False
         self._deferred_until = 0.0
         self._saving = False
@@ -245,6 +245,24 @@ class Watch:
 
 
 _active: Watch | None = None
+
+
+def _forget_in_child() -> None:
+    """A forked child (a worker that tokenises or loads data) is ended by plain SIGTERM, and tells its parent nothing.
+
+    It would write the signal's number into the pipe that its parent reads.
+    """
+    global _active
+    if _active is None:
+        return
+    _active = None
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -106,16 +107,31 @@ def test_a_watch_within_another_is_the_same() -> None:
         assert inner is outer
 
 
+def test_a_forked_child_ends_by_sigterm_and_its_parent_goes_on() -> None:
+    """As workers do that tokenise; pytest's own process is the parent."""
+    with watching() as watch, watch.deferring():
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        time.sleep(0.7)  # the watch's thread has looked
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+        assert watch.stop is None
+
+
 def test_sigterm_after_an_early_warning_is_in_more_of_a_hurry() -> None:
     """SIGUSR1 waits for twice the slowest step; SIGTERM is followed by SIGKILL in 30 s."""
     watch = Watch()
     watch.slowest_step = 100.0
     with watch.deferring():
-        watch.handler(10, None)
+        watch.handler(signal.SIGUSR1, None)
         assert watch.stop is not None and (watch.stop.cause, watch.stop.patience) == ("SIGUSR1", 200.0)
-        watch.handler(15, None)
+        watch.handler(signal.SIGTERM, None)
         assert (watch.stop.cause, watch.stop.patience, watch.stop.status) == ("SIGTERM", 25.0, 75)
-        watch.handler(2, None)
+        watch.handler(signal.SIGINT, None)
         assert watch.stop == Stop("SIGTERM", 75, watch.stop.at, 25.0)
 
 
