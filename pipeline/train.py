@@ -30,6 +30,7 @@ from pipeline.data import Splits, cached_splits
 from pipeline.distributed import adapter_weights, check_launch, unlink_shared_buffers, zero_stage
 from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
+from pipeline.exit_status import FINISHED
 from pipeline.json_file import write_json
 from pipeline.lora_dropout import LoraDropout
 from pipeline.model_card import write_model_card
@@ -109,6 +110,8 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
     if origin.finished:
         if is_main():
             print(f"{folder}: this run is finished, with this very recipe, data and base; nothing is left to train")
+        if not evaluated:  # it may have been killed before its status could say so
+            RunStatus(folder, evaluates=True).end(FINISHED)
         return folder
     choice = _execution(recipe, origin, execution_in_force(recipe, shape, _tokens_per_row(splits)))
     record = {**provenance(recipe, splits.sources), "execution": choice.reason}

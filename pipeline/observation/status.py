@@ -109,7 +109,12 @@ class RunStatus:
     """
 
     def __init__(
-        self, folder: Path, heartbeat_seconds: float = 10.0, evaluates: bool = False, goes_on: bool = False
+        self,
+        folder: Path,
+        heartbeat_seconds: float = 10.0,
+        evaluates: bool = False,
+        goes_on: bool = False,
+        before: Status | None = None,
     ) -> None:
         """Start an attempt; those before are counted in the file that is there.
 
@@ -118,6 +123,7 @@ class RunStatus:
             heartbeat_seconds: between two writes.
             evaluates: the run is trained, and what is known of that stays.
             goes_on: this process will evaluate when it has trained: the run is not finished until then.
+            before: of the attempt before, where its file has been deleted; None: read it.
         """
         self.file = folder / STATUS_FILE
         self.task: Callable[[], Task | None] = lambda: None
@@ -127,7 +133,7 @@ class RunStatus:
         self._writes = is_main()
         self._lock = threading.Lock()
         self._warned = False
-        before = (read_status(folder) if self._writes else None) or Status(attempts=0)
+        before = before or (read_status(folder) if self._writes else None) or Status(attempts=0)
         trained = before if evaluates else Status(attempts=before.attempts + 1, last_checkpoint=before.last_checkpoint)
         self.now = replace(
             trained,

@@ -113,6 +113,10 @@ def test_attempts_are_counted_and_an_evaluation_is_none(tmp_path: Path) -> None:
     assert (found.attempts, found.step, found.loss, found.phase) == (3, 40, 0.5, "evaluating")
     assert (found.task, found.share) == ("log-likelihoods", 0.625)
     assert found.seconds_left == pytest.approx(3.0, abs=0.5)  # 4 computed in 4 s, 3 to go
+    (tmp_path / "status.json").unlink()  # with the folder of a run that had no checkpoint yet
+    assert RunStatus(tmp_path, before=found).now.attempts == 4
+    found.attempts = 3
+    (tmp_path / "status.json").write_text(json.dumps(vars(found)))
     resumed = RunStatus(tmp_path)
     assert (resumed.now.attempts, resumed.now.step, resumed.now.last_checkpoint) == (4, 0, "checkpoints/checkpoint-40")
 
