@@ -39,8 +39,8 @@ def check_task_code(names: Sequence[str], manager: TaskManager) -> None:
         foreign = foreign_metrics(found)
         if foreign:
             raise UserError(
-                f"eval.tasks: {found.get('task')} is scored by {', '.join(foreign)}, which lm-eval does not have: it would "
-                "fetch the metric's code from the Hub and run it, which is not done here.\n"
+                f"eval.tasks: {found.get('task')} is scored by {', '.join(foreign)}, which lm-eval does not have: it "
+                "would fetch the metric's code from the Hub and run it, which is not done here.\n"
                 "Choose another task, or name a function of your own in a copy of its file (metric: !function ...)."
             )
 

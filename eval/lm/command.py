@@ -44,6 +44,11 @@ NO_CACHE = (
     "settings, also where the evaluation is killed."
 )
 
+NO_PICKLES = (
+    "--cache_requests: lm-eval keeps requests as pickles, and a pickle can run code when it is read.\n"
+    "Leave it out: they are built in seconds."
+)
+
 
 @register_model(NAME)
 class LoraDropoutLM(EnsembleLM):
@@ -139,6 +144,8 @@ def main() -> None:
         print(f"--model {NAME} --model_args takes:\n{help_text()}\n\nThe rest is lm-eval's own:\n")
     if any(argument == "-c" or argument.startswith("--use_c") for argument in arguments):
         raise UserError(NO_CACHE)  # before anything is loaded; LoraDropoutLM finds it in a --config file too
+    if any(argument.startswith("--cache_r") for argument in arguments):
+        raise UserError(NO_PICKLES)
     sys.argv = [sys.argv[0], *with_our_tasks(arguments)]
     try:
         cli_evaluate()
