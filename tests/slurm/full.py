@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("--gpus", "0", "--cpus", "1")
 FURTHER_STEPS = 5
 """After each start."""
-REFERENCE_STEPS = 80
+REFERENCE_STEPS = 60
 """The last stop may come later than that, 20 s after its start: what lies beyond is not compared."""
 
 

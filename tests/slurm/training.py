@@ -45,7 +45,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in map(json.loads, lines) if "loss" in record]
 
 
-def wait_for_step(run: Path, step: int, seconds: float = 150) -> int:
+def wait_for_step(run: Path, step: int, seconds: float = 400) -> int:
     """The run's last step, once that is at least this one."""
     deadline = time.monotonic() + seconds
     while True:
