@@ -10,7 +10,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from pipeline.processes import adopt_slurm_task
+from pipeline.build_locks import clear_abandoned_build_locks
+from pipeline.processes import adopt_slurm_task, launched
 
 
 def prepare_environment() -> None:
@@ -38,6 +39,8 @@ def prepare_environment() -> None:
     # deepspeed's op builder and pkg_resources-era imports warn at import; nothing a user of ours can act on
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if launched():
+        clear_abandoned_build_locks()
 
 
 def keep_freed_memory() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,14 @@ def kill_at(attempt: Attempt, watch: Watch, moment: Moment, reference: Reference
     return f"{moment.what} {moment} ({seconds:.1f} s, step {step}{', ' + ' '.join(inside) if inside else ''})"
 
 
+def ended(attempt: Attempt) -> int | None:
+    """Exit status; None where it had to be ended after a quarter of an hour."""
+    try:
+        return attempt.status(patience=900)
+    except subprocess.TimeoutExpired:
+        return None
+
+
 def run_moment(number: int, folder: Path, base: Path, reference: Reference, draw: random.Random, when: str) -> Outcome:
     """One run, killed once or several times, until it ends."""
     outcome = Outcome(number, reference)
@@ -162,7 +171,7 @@ def run_moment(number: int, folder: Path, base: Path, reference: Reference, draw
         if kind is not None:
             killed = kill_at(attempt, watch, drawn_moment(draw, kind, reference.launcher), reference)
         if killed is None:
-            status = attempt.status()
+            status = ended(attempt)
             if status != 0:
                 outcome.problems.append(f"start {start} exits with {status}: {attempt.log}\n{attempt.said()[-1500:]}")
         else:

@@ -60,7 +60,7 @@ class Watch:
 
 def wait_for(attempt: Attempt, watch: Watch, reached: Callable[[Watch], bool]) -> bool:
     """Whether it came to that; False where the command ended first."""
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while attempt.process.poll() is None:
         watch.look()
         if reached(watch):
