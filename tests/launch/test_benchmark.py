@@ -96,6 +96,8 @@ def test_one_layer_and_a_recipe_of_its_own(repository: Path, tmp_path: Path) -> 
         (["--shape", "tiny", "base.quantization=int8"], "int8"),
         (["--shape", "tiny", "--plot", "cost.gif"], "--plot: found 'cost.gif', expected a name that ends in .svg"),
         (["--shape", "tiny", "--json", "/nowhere/x.json"], "--json: the folder /nowhere does not exist"),
+        (["--level", "checkpoint", "--shape", "tiny", "--plot", "a.svg"], "--plot: --level checkpoint draws none"),
+        (["--level", "traffic", "--shape", "tiny", "--variants", "lora"], "--level traffic has its own"),
         (["--shape", "tiny", "--tokens", "8000", "training.per_device_train_batch_size=99999"], "are needed"),
     ],
 )
