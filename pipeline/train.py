@@ -27,7 +27,7 @@ from pipeline.checkpoint.optimizer import check_optimizer
 from pipeline.checkpoint.resume import Origin, origin_of, told, whole_checkpoint
 from pipeline.checkpoint.training_state import read_progress
 from pipeline.data import Splits, cached_splits
-from pipeline.distributed import adapter_weights, check_launch, unlink_shared_buffers, zero_stage
+from pipeline.distributed import adapter_weights, check_launch, zero_stage
 from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.exit_status import FINISHED
@@ -106,7 +106,6 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
     origin = origin_of(recipe, splits, overwrite)
     arguments = sft_config(recipe, folder, origin.accumulation)
     check_same_everywhere(folder, origin.in_words)
-    unlink_shared_buffers()  # all ranks have met
     if origin.finished:
         if is_main():
             print(f"{folder}: this run is finished, with this very recipe, data and base; nothing is left to train")

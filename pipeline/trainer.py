@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +35,12 @@ from pipeline.checkpoint.training_state import (
     save_training_state,
 )
 from pipeline.data.packing import RowCollator, check_apart, copied_batch, laid_out
-from pipeline.distributed import register_adapter_weights, take_back_first_step, zero_stage
+from pipeline.distributed import (
+    register_adapter_weights,
+    take_back_first_step,
+    unlink_shared_buffers,
+    zero_stage,
+)
 from pipeline.lora_dropout import example_coordinates, instance_coordinates
 from pipeline.observation.observer import log_checkpoint
 from pipeline.observation.step_norms import StepNorms
@@ -42,6 +48,7 @@ from pipeline.observation.throughput import Throughput
 from pipeline.preflight.numbers import Execution, flat
 from pipeline.recipe import Recipe
 from pipeline.supervision.bad_steps import StepGuard
+from pipeline.supervision.callback import StoppedMeasuring
 
 PURPOSE = "train"
 
@@ -327,6 +334,8 @@ class LoraDropoutTrainer(SFTTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.is_deepspeed_enabled:
+            self.accelerator.wait_for_everyone()
+            unlink_shared_buffers()
             take_back_first_step(self.inner_optimizer)
         if resume_from_checkpoint is not None:
             restore_training_state(self, Path(resume_from_checkpoint))
@@ -384,6 +393,15 @@ class LoraDropoutTrainer(SFTTrainer):
         # gather_for_metrics drops the rows that pad the last batch of the last rank
         self._evaluated.append(self.accelerator.gather_for_metrics(torch.stack([losses, tokens], dim=1)).cpu())
         return losses.sum() / tokens.sum().clamp(min=1), None, None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """transformers', which a signal may cut off: then a checkpoint follows, and the run stops."""
+        try:
+            return super().evaluate(*args, **kwargs)
+        except StoppedMeasuring:
+            self.control.should_save = self.control.should_training_stop = True
+            best = self.args.metric_for_best_model
+            return {} if best is None else {f"eval_{best.removeprefix('eval_')}": math.nan}  # never the best
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """transformers' loop, its loss replaced by nats per trained token (its own is a mean of batch means).

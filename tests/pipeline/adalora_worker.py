@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pipeline.adapter.adalora import RankAllocation, layer_weights
 from pipeline.adapter.files import save_adapter, settings_of
-from pipeline.distributed import adapter_weights, unlink_shared_buffers
+from pipeline.distributed import adapter_weights
 from pipeline.recipe import load_recipe
 
 
@@ -70,7 +70,6 @@ def run(job: dict[str, Any], folder: Path) -> None:
         (folder / job["name"]).mkdir()
         save_adapter(trainer.adapted, weights, settings_of(recipe.adapter, recipe.seed), folder / job["name"])
     trainer.accelerator.wait_for_everyone()
-    unlink_shared_buffers()
     trainer.accelerator.free_memory()
     unset_hf_deepspeed_config()
 

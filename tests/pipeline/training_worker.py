@@ -5,9 +5,9 @@
 
 A launch imports for ten seconds; a configuration trains for one or two. ``JOBS.json`` is a list of
 ``{"name", "recipe", "overrides", "trainer"}``, the trainer being ``ours``, ``ours, from <job>`` (which resumes from
-that job's first checkpoint; the job may be another launch's, ``../<folder>/<job>``), ``stock`` or ``stock, bfloat16 adapter``; each job writes ``FOLDER/<name>.json`` and the
-folder ``FOLDER/<name>``, its adapter. ``stock`` is trl's ``SFTTrainer`` with peft's ``LoraConfig`` on the same rows as
-prompt and completion: its base, arguments and trainer come from the libraries, with the same two corrections as ours
+that job's first checkpoint; the job may be another launch's, ``../<folder>/<job>``), ``stock`` or ``stock, bfloat16
+adapter``; each job writes ``FOLDER/<name>.json`` and the folder ``FOLDER/<name>``, its adapter. ``stock`` is trl's
+``SFTTrainer`` with peft's ``LoraConfig`` on the same rows as prompt and completion: its base, arguments and trainer come from the libraries, with the same two corrections as ours
 (no repacking of 4-bit weights; float32 adapter where no engine keeps masters).
 """
 
@@ -40,7 +40,7 @@ from pipeline.adapter.files import save_adapter, settings_of
 from pipeline.arguments import sft_config
 from pipeline.base import load_base, load_tokenizer
 from pipeline.data import load_rows, load_splits
-from pipeline.distributed import adapter_weights, unlink_shared_buffers
+from pipeline.distributed import adapter_weights
 from pipeline.processes import is_main, launched
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.trainer import LoraDropoutTrainer
@@ -209,7 +209,6 @@ def run(job: dict[str, Any], folder: Path) -> None:
         }
         (folder / f"{job['name']}.json").write_text(json.dumps(record))
     trainer.accelerator.wait_for_everyone()
-    unlink_shared_buffers()
     trainer.accelerator.free_memory()
     unset_hf_deepspeed_config()
 

@@ -23,7 +23,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from pipeline.arguments import sft_config
 from pipeline.base import load_base, load_tokenizer
 from pipeline.data import load_splits
-from pipeline.distributed import unlink_shared_buffers
 from pipeline.recipe import load_recipe
 from pipeline.trainer import LoraDropoutTrainer
 
@@ -89,7 +88,6 @@ def main(recipe_file: str, output: str, live: str, *overrides: str) -> None:
 
     trainer.add_callback(Count())
     trainer.train()
-    unlink_shared_buffers()
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(counted))
 
