@@ -21,6 +21,7 @@ from pipeline.preflight.estimate import PLAIN, Batch, ModelShape, RankMemory, in
 from pipeline.preflight.execution import Choice, check_shared_weight, chosen_execution, device_memory
 from pipeline.preflight.numbers import batch_of, memory_by_stage, model_shape, numerics_of
 from pipeline.preflight.storage import checkpoint_bytes, checkpoints_on_disk
+from pipeline.preflight.traffic import step_traffic, stored_tensors
 from pipeline.recipe import Recipe, schema
 from pipeline.recipe.training import resolved_training
 from pipeline.run_folder import check_run_folder, run_folder
@@ -79,6 +80,8 @@ class Findings:
     sample: Sample | None = None
     batch: Batch | None = None
     memory: dict[int | None, RankMemory] = field(default_factory=dict)
+    sent: dict[int, float] = field(default_factory=dict)
+    """Bytes that each process sends in an optimizer step, by ZeRO stage; empty for a single process."""
     disk: Disk | None = None
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -116,6 +119,9 @@ def examine(recipe: Recipe, rows: int, processes: int) -> Findings:
         findings.batch = batch_of(recipe, findings.sample.packed_rows, processes, execution)
     if findings.shape is not None:
         findings.memory = memory_by_stage(recipe, findings.shape, processes, execution, mean_length)
+    if findings.shape is not None and processes > 1:
+        stored, accumulation = stored_tensors(config, recipe), resolved_training(recipe)["gradient_accumulation_steps"]
+        findings.sent = {stage: step_traffic(stored, stage, accumulation).sent(processes) for stage in range(4)}
     if findings.shape is not None and findings.batch is not None:
         findings.disk = disk_forecast(recipe, findings.shape, findings.batch)
         _judge_resources(findings, findings.disk)

@@ -41,6 +41,8 @@ def _parts(findings: Findings) -> Iterator[tuple[str, RenderableType]]:
     if findings.shape is not None:
         yield "parameters", parameter_text(findings.shape)
         yield "memory per rank", memory_table(findings)
+    if findings.sent:
+        yield "traffic", traffic_text(findings)
     if findings.disk is not None:
         yield "disk", disk_text(findings.disk)
 
@@ -142,6 +144,16 @@ def _processes(count: int) -> str:
 
 def _size(size: int) -> str:
     return in_words(size) if size else "-"
+
+
+def traffic_text(findings: Findings) -> Text:
+    """What each process sends in a step; what it receives is as much."""
+    chosen = findings.recipe.distributed.zero
+    stages = [
+        f"{in_words(sent)} under ZeRO-{stage}{f' {CHOSEN}' if stage == chosen else ''}"
+        for stage, sent in findings.sent.items()
+    ]
+    return Text(f"each process sends per optimizer step: {', '.join(stages)} (pipeline/preflight/SCALE.md)")
 
 
 def disk_text(disk: Disk) -> Text:
