@@ -92,7 +92,8 @@ def check_run_folder(recipe: Recipe, overwrite: bool) -> None:
     check_writable("output", folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (folder / RECIPE_FILE).exists():
+    # a run that was killed while it began its folder may have no recipe in it
+    if not any((folder / name).exists() for name in (RECIPE_FILE, IDENTITY_FILE, f"{IDENTITY_FILE}.part")):
         how = "--overwrite deletes runs only, and this folder has" if overwrite else "holds files of something else:"
         raise UserError(f"{folder}: {how} no {RECIPE_FILE}.\nEmpty it yourself, or choose another name or output.")
     if overwrite or not holds_run(folder):
@@ -117,8 +118,8 @@ def check_deletable(folder: Path) -> None:
             f"{folder}: is a link to {folder.resolve()}, and a run that begins anew deletes its folder.\n"
             "Name the folder itself with output and name, or empty it."
         )
-    strangers = sorted(entry.name for entry in folder.iterdir() if entry.name.removesuffix(".part") not in RUN_FILES)
-    if not any((folder / name).exists() for name in (IDENTITY_FILE, PROVENANCE_FILE)):
+    strangers = sorted(entry.name for entry in folder.iterdir() if not _is_of_a_run(entry.name))
+    if not any((folder / name).exists() for name in (IDENTITY_FILE, f"{IDENTITY_FILE}.part", PROVENANCE_FILE)):
         strangers.append(f"a {RECIPE_FILE} without {IDENTITY_FILE}")
     if strangers:
         more = f" and {len(strangers) - 4} more" if len(strangers) > 4 else ""
@@ -126,6 +127,17 @@ def check_deletable(folder: Path) -> None:
             f"{folder}: holds {', '.join(strangers[:4])}{more}, which no run wrote, and a run that begins anew deletes "
             "its folder.\nMove it away, or choose another name or output."
         )
+
+
+def _is_of_a_run(name: str) -> bool:
+    """Whether an entry of a run's folder is one of its files, or what a killed process leaves of writing one."""
+    halfway = name.startswith(".") and any(name[1:].startswith(f"{file}.") for file in RUN_FILES)
+    return halfway or name.removesuffix(".part") in RUN_FILES
+
+
+def _written_by_runs(name: str) -> bool:
+    """Whether a run writes a file of this name, or was about to when it was killed."""
+    return name.removesuffix(".part") in RUN_FILES or name.startswith(".status.json.")
 
 
 def holds_run(folder: Path) -> bool:

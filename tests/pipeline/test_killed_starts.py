@@ -1,0 +1,48 @@
+"""A run that was killed while it began its folder, or wrote a small file, begins there again; strangers' files stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.recipe.schema import Base, Data, Recipe, Source
+from pipeline.run_folder import check_run_folder, create_run_folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe(name="run", output=str(tmp_path), base=Base(model="b"), data=Data(train=[Source(path="r.jsonl")]))
+
+
+def test_what_kills_leave_is_no_obstacle(tmp_path: Path, recipe: Recipe) -> None:
+    folder = tmp_path / "run"
+    left: list[list[str]] = [
+        [],
+        ["identity.json.part"],
+        ["identity.json"],
+        ["identity.json", "recipe.yaml"],
+        ["identity.json", "recipe.yaml", "status.json", ".status.json.4711", "ranks", "history.jsonl.part"],
+    ]
+    for names in left:
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("")
+        check_run_folder(recipe, overwrite=False)
+        create_run_folder(recipe, {"seed": 1})
+        assert sorted(path.name for path in folder.iterdir()) == ["identity.json", "recipe.yaml"]
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+@pytest.mark.parametrize("names", [["thesis.tex"], ["identity.json", "recipe.yaml", "thesis.tex"], ["recipe.yaml"]])
+def test_files_of_others_are_not_deleted(tmp_path: Path, recipe: Recipe, names: list[str]) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("mine")
+    with pytest.raises(UserError, match=r"thesis\.tex|recipe\.yaml"):
+        check_run_folder(recipe, overwrite=False)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
