@@ -135,11 +135,6 @@ def _is_of_a_run(name: str) -> bool:
     return halfway or name.removesuffix(".part") in RUN_FILES
 
 
-def _written_by_runs(name: str) -> bool:
-    """Whether a run writes a file of this name, or was about to when it was killed."""
-    return name.removesuffix(".part") in RUN_FILES or name.startswith(".status.json.")
-
-
 def holds_run(folder: Path) -> bool:
     """Whether there is something that deleting would lose: an adapter, or a checkpoint."""
     checkpoints = folder / CHECKPOINTS_FOLDER
