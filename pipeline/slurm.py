@@ -21,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
+from pipeline.redaction import redacted
 from pipeline.run_folder import check_writable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -148,10 +149,15 @@ def one_line(text: str) -> str:
     """The text itself.
 
     Raises:
-        UserError: it does not fit into a line.
+        UserError: it does not fit into a line, or holds a secret.
     """
     if not text.isprintable():
         raise UserError(f"{text!r} holds characters that cannot stand in a line of a job script.")
+    if redacted(text) != text:
+        raise UserError(
+            f"{redacted(text)}: a token in a job script can be read by others. Leave it out: the environment in which you "
+            "submit reaches the job."
+        )
     return text
 
 

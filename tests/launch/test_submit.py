@@ -127,6 +127,13 @@ def test_sbatch_is_asked_for_the_number(tmp_path: Path) -> None:
         submit(job, environment, after="11")
 
 
+def test_a_token_does_not_get_into_a_script() -> None:
+    token = "hf_" + "a1B2" * 9
+    with pytest.raises(UserError, match="can be read by others") as refused:
+        job_script(replace(JOB, resources=replace(ONE, further=(f"--export=ALL,HF_TOKEN={token}",))))
+    assert token not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("text", "seeds"), [("seeds=0:3", [0, 1, 2]), ("seeds=7", [7]), ("seeds=3,1", [3, 1]), ("seeds=2:3", [2])]
 )

@@ -154,7 +154,12 @@ def started_cluster(folder: Path, kill_wait: int = 30) -> Iterator[Cluster]:
 
 
 def _end(cluster: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
-    """End the daemons, last first, and what is left of their jobs: all have this cluster's file in the environment."""
+    """End the jobs, the daemons, last first, and what is left that belongs to this cluster's folder."""
+    for options in (["--signal=KILL", "--full"], []):
+        subprocess.run(["scancel", "--user=root", *options], env=cluster.environment, capture_output=True)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and _shown(cluster, "squeue", "--noheader", "--states=RUNNING,COMPLETING"):
+        time.sleep(0.2)
     for daemon in reversed(daemons):
         daemon.terminate()
         try:
@@ -164,10 +169,19 @@ def _end(cluster: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
             daemon.wait()
     for process in psutil.process_iter():
         try:
-            if process.environ().get("SLURM_CONF") == cluster.environment["SLURM_CONF"]:
+            opened = [Path(file.path) for file in process.open_files()]  # slurmstepd clears its environment
+            if process.environ().get("SLURM_CONF") == cluster.environment["SLURM_CONF"] or any(
+                file.is_relative_to(cluster.folder) for file in opened
+            ):
                 process.kill()
         except psutil.Error:  # it has ended
             continue
+
+
+def _shown(cluster: Cluster, *command: str) -> str:
+    """What a command prints; nothing where no controller answers."""
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def _wait_for(file: Path) -> None:
@@ -181,8 +195,7 @@ def _wait_until_idle(cluster: Cluster, daemons: list[subprocess.Popen[bytes]]) -
     """Both nodes answer, and nothing runs on them."""
     deadline = time.monotonic() + 60
     while True:
-        command = ["sinfo", "--noheader", "--partition=cheap", "--Node", "--format=%T"]
-        shown = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=60).stdout
+        shown = _shown(cluster, "sinfo", "--noheader", "--partition=cheap", "--Node", "--format=%T")
         if shown.split() == ["idle", "idle"]:
             return
         assert all(daemon.poll() is None for daemon in daemons), cluster.logs()

@@ -1,6 +1,8 @@
-"""Job scripts on a real SLURM controller, with a stand-in for the training: what becomes of a job that is stopped.
+"""Job scripts on a real SLURM controller: what becomes of a job that is stopped.
 
-All jobs are submitted at once, since most of their time is spent waiting: ``played``. The tests look at what came out.
+Two trainings over both nodes, and many jobs with a stand-in for the training, which ends as it is told to. All are
+submitted at once, since most of their time is spent waiting: ``played``. The tests look at what came out.
+``full.py`` has trainings that are stopped in every way.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 from controller import NODES, Cluster
+from training import differences, wait_for_step, write_recipe
 
 from pipeline.slurm import Job, Resources, Variant, submit
 
@@ -33,12 +36,18 @@ class Bench:
 
     Attributes:
         numbers: of the jobs, by what they are called here.
+        training_numbers: of the trainings.
+        trainings: folder of their runs.
+        stopped_at: the last step that was seen of the stopped one.
     """
 
     cluster: Cluster
     folder: Path
     python: Path
     numbers: dict[str, str] = field(default_factory=dict)
+    training_numbers: dict[str, str] = field(default_factory=dict)
+    trainings: Path = Path()
+    stopped_at: int = 0
 
     @property
     def records_file(self) -> Path:
@@ -84,14 +93,26 @@ def tasks(array: str, count: int) -> list[str]:
     return [f"{array}_{place}" for place in range(count)]
 
 
+def submit_trainings(bench: Bench, folder: Path, repository: Path) -> None:
+    """The same training twice, one process on each node; it would take hours."""
+    recipe = write_recipe(folder, repository, steps=100_000)
+    bench.trainings = folder / "outputs"
+    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("reference", "stopped"):
+        arguments = ("--no-eval", str(recipe))
+        job = Job("a training", name, "launch/sft.py", arguments, (Variant(name),), TWO_NODES, folder, "outputs")
+        bench.training_numbers[name] = submit(job, {**bench.cluster.environment, **quiet})
+
+
 @pytest.fixture(scope="module")
-def played(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """All jobs, ended."""
+def played(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
+    """All jobs; those with the stand-in have ended, one of the trainings is stopped."""
     folder = tmp_path_factory.mktemp("it's a %j $HOME")
     python = folder / "python"
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(STAND_IN))} "$@"\n')
     python.chmod(0o755)
     bench = Bench(cluster, folder, python)
+    submit_trainings(bench, tmp_path_factory.mktemp("trainings"), repository)
     seeds = tuple(Variant(f"array-seed{seed}", (f"seed={seed}",)) for seed in range(2))
     bench.submit("nasty", "finish", replace(TWO_NODES, tasks=2), arguments=NASTY)
     bench.submit("signalled", "stop", TWO_NODES)
@@ -114,8 +135,10 @@ def played(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Bench:
         cluster.run("scancel", "--signal=USR1", number)
     cluster.run("scontrol", "requeue", numbers["requeued"])
     cluster.run("scancel", numbers["cancelled"])
-    cluster.wait(f"{numbers['array-evaluation']}_0", "COMPLETED")
+    cluster.wait(f"{numbers['array-evaluation']}_0")
     cluster.run("scancel", "--signal=USR1", second)
+    bench.stopped_at = wait_for_step(bench.trainings / "stopped", 3)
+    cluster.run("scancel", "--signal=USR1", bench.training_numbers["stopped"])
     arrays = {"array", "array-evaluation"}
     for name, number in numbers.items():
         for one in tasks(number, 2) if name in arrays else [number]:
@@ -203,6 +226,18 @@ def test_output_on_the_nodes_disk_is_fetched_and_brought_back(played: Bench) -> 
     kept = played.folder / "out puts" / "local"
     assert [file.name for file in kept.iterdir()] == ["kept"]
     assert list((played.folder / "node's disk").iterdir()) == []
+
+
+def test_a_training_over_two_nodes_goes_on_as_if_nothing_had_happened(played: Bench) -> None:
+    number, runs = played.training_numbers["stopped"], played.trainings
+    played.cluster.wait(number, "RUNNING")
+    last = wait_for_step(runs / "stopped", played.stopped_at + 4)
+    assert played.cluster.job(number)["Restarts"] == "1"
+    wait_for_step(runs / "reference", last)
+    played.cluster.run("scancel", *played.training_numbers.values())
+    assert differences(runs / "stopped", runs / "reference") == []
+    for number in played.training_numbers.values():
+        played.cluster.wait(number)
 
 
 def test_a_job_that_makes_way_for_another_goes_back_into_the_queue(played: Bench) -> None:
