@@ -66,6 +66,26 @@ class Agreement:
     """Of the step."""
 
 
+def agreed_stop(status: int | None, device: torch.device) -> int | None:
+    """The exit status with which all ranks stop, if any rank has one.
+
+    Args:
+        status: of the signal that this rank has got.
+        device: of the exchange.
+    """
+    shares = _stop_shares(status, device)
+    return _stop_of(*(reduce(shares, "sum") if PartialState().num_processes > 1 else shares).tolist())
+
+
+def _stop_shares(status: int | None, device: torch.device) -> torch.Tensor:
+    """Summed over ranks, they tell whether and how to stop: ``(2,)`` float32."""
+    return torch.tensor([status == STOPPED, status == INTERRUPTED], dtype=torch.float32, device=device)
+
+
+def _stop_of(terminated: float, interrupted: float) -> int | None:
+    return INTERRUPTED if interrupted else STOPPED if terminated else None
+
+
 class StepGuard:
     """Sees each optimizer step of a run. Nothing waits for the device before :meth:`close`.
 
@@ -114,22 +134,19 @@ class StepGuard:
         """
         zero = torch.zeros((), device=device)
         norm = self._norm if self._norm is not None else self._hook_norm
-        shares = torch.stack(
-            [
-                torch.full((), float(stop == STOPPED), device=device),
-                torch.full((), float(stop == INTERRUPTED), device=device),
-                zero if self._loss is None else self._loss.to(device),
-                zero if norm is None else torch.as_tensor(norm, dtype=torch.float32, device=device).detach(),
-            ]
-        )
+        seen = [
+            zero if self._loss is None else self._loss.to(device),
+            zero if norm is None else torch.as_tensor(norm, dtype=torch.float32, device=device).detach(),
+        ]
+        shares = torch.cat([_stop_shares(stop, device), torch.stack(seen)])
         if PartialState().num_processes > 1:
             shares = reduce(shares, "sum")
         terminated, interrupted, loss, norms = shares.tolist()  # the one wait for the device
         step = Step(number, loss / world_size(), norms / world_size(), self._rows)
-        seen = self._loss is not None
+        trained = self._loss is not None
         self._loss = self._norm = self._hook_norm = self._leaves_out = None
         self._rows = []
-        fault = step.fault(self.float16) if seen else ""
+        fault = step.fault(self.float16) if trained else ""
         if fault:
             self.bad += 1
             self.streak.append(step)
@@ -137,7 +154,7 @@ class StepGuard:
         else:
             self.streak.clear()
             self.faults.clear()
-        return Agreement(INTERRUPTED if interrupted else STOPPED if terminated else None, fault)
+        return Agreement(_stop_of(terminated, interrupted), fault)
 
     def too_many(self) -> bool:
         """Whether the run has to end: alike on all ranks."""

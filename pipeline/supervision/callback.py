@@ -11,11 +11,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pipeline.checkpoint.files import listed_checkpoints
 from pipeline.observation.rank_log import LOG
 from pipeline.processes import is_main
-from pipeline.supervision.bad_steps import StepGuard
+from pipeline.supervision.bad_steps import StepGuard, agreed_stop
 from pipeline.supervision.supervisor import Supervisor
 
-QUICK_EVALUATION = 5.0
-"""Seconds within which the validation of a stopping run is still measured; a longer one could cost the checkpoint."""
+MEASURING_PATIENCE = 10.0
+"""Seconds from a signal to the end of a validation that is still going on: a longer one would cost the checkpoint."""
+
+
+class StoppedMeasuring(Exception):
+    """A signal ends a validation, on all ranks after the same batch; its step's checkpoint is still to be saved."""
 
 
 class SupervisionCallback(TrainerCallback):
@@ -32,8 +36,8 @@ class SupervisionCallback(TrainerCallback):
         """Args: supervisor: of the run. guard: that the trainer feeds."""
         self.supervisor, self.guard = supervisor, guard
         self.stopped = False
+        self._cut_off = False
         self._began = self._evaluation_began = time.monotonic()
-        self._evaluation_seconds = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,8 +75,6 @@ class SupervisionCallback(TrainerCallback):
         if agreement.stop is not None:
             watch.agreed(agreement.stop)
             self.stopped = control.should_training_stop = control.should_save = True
-            if self._evaluation_seconds > QUICK_EVALUATION:
-                control.should_evaluate = False
         self._keep_last_good(control)
         if control.should_evaluate or control.should_save:
             self._evaluation_began = time.monotonic()
@@ -86,8 +88,6 @@ class SupervisionCallback(TrainerCallback):
         if self.stopped and state.epoch != int(state.epoch):
             # the uninterrupted run measures nothing here, and saves nothing more
             control.should_evaluate = control.should_save = control.should_log = False
-        if self.stopped and self._evaluation_seconds > QUICK_EVALUATION:
-            control.should_evaluate = False
         self._keep_last_good(control)
         self._evaluation_began = time.monotonic()
         self.supervisor.pulse.progress()
@@ -95,14 +95,29 @@ class SupervisionCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A batch of a measured set."""
+        """A batch of a measured set.
+
+        Raises:
+            StoppedMeasuring: some rank was signalled a while ago.
+        """
         self.supervisor.pulse.progress("measuring")
+        watch = self.supervisor.watch
+        late = watch.stop is not None and time.monotonic() - watch.stop.at > MEASURING_PATIENCE
+        agreed = agreed_stop(watch.stop.status if watch.stop is not None and late else None, args.device)
+        if agreed is not None:
+            watch.agreed(agreed)
+            self.stopped = True
+            if is_main() and not self._cut_off:  # validation and probe are cut off one after the other
+                self._cut_off = True
+                print(
+                    f"\nwarning: the validation at step {state.global_step} is cut off; it is not measured", flush=True
+                )
+            raise StoppedMeasuring
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A measured set is done."""
-        self._evaluation_seconds = time.monotonic() - self._evaluation_began
         watch = self.supervisor.watch
-        watch.slowest_step = max(watch.slowest_step, self._evaluation_seconds)
+        watch.slowest_step = max(watch.slowest_step, time.monotonic() - self._evaluation_began)
         self._keep_last_good(control)
         self.supervisor.pulse.progress("saving" if control.should_save else "training")
 
