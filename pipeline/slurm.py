@@ -155,8 +155,8 @@ def one_line(text: str) -> str:
         raise UserError(f"{text!r} holds characters that cannot stand in a line of a job script.")
     if redacted(text) != text:
         raise UserError(
-            f"{redacted(text)}: a token in a job script can be read by others. Leave it out: the environment in which you "
-            "submit reaches the job."
+            f"{redacted(text)}: a token in a job script can be read by others.\n"
+            "Leave it out: the environment in which you submit reaches the job."
         )
     return text
 
