@@ -6,18 +6,22 @@ import json
 import subprocess
 import sys
 from functools import partial
+from io import StringIO
 from pathlib import Path
+from time import sleep
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel, TrainerControl, TrainerState
 
 from pipeline.benchmark.measure import memory_rise
 from pipeline.benchmark.random_base import random_base
 from pipeline.benchmark.shapes import shape_config
 from pipeline.benchmark.statistics import interval_name, timing
 from pipeline.benchmark.trainers import frozen_bytes, with_shared_weights
+from pipeline.benchmark.turns import Turn, TurnsCallback
 from pipeline.benchmark.variants import parse_variants
 from pipeline.errors import UserError
 from pipeline.recipe import schema
@@ -186,6 +190,27 @@ def test_variants_are_the_recipes_settings_in_each_mode() -> None:
     assert (instance.sampling, instance.instances, instance.execution) == ("instance", 4, "sequential")
     with pytest.raises(UserError, match="instance-N-sequential"):
         parse_variants("instance-0", dropout)
+
+
+def test_a_turn_is_its_steps_with_their_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps a turn, a checkpoint after the second one; without another turn training stops."""
+    channel, state, control = StringIO(), TrainerState(), TrainerControl()
+    monkeypatch.setattr(sys, "stdin", StringIO("go\ngo\n"))
+    turns = TurnsCallback(2, channel)
+    told: Any = (None, state, control)  # the arguments are not looked at
+    for state.global_step in range(4):
+        turns.on_step_begin(*told)
+        turns.on_step_end(*told)
+        if state.global_step == 1:
+            sleep(0.02)
+            turns.on_save(*told)
+    assert not control.should_training_stop
+    state.global_step = 4
+    turns.on_step_begin(*told)
+    assert control.should_training_stop
+    _, first, second = (Turn(*json.loads(line)) for line in channel.getvalue().splitlines())
+    assert first.seconds >= first.saving >= 0.02 > first.processor_seconds
+    assert second.saving == 0 and second.seconds > 0
 
 
 def test_evaluation_in_every_way(repository: Path, tmp_path: Path) -> None:
