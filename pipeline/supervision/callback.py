@@ -110,7 +110,7 @@ class SupervisionCallback(TrainerCallback):
             if is_main() and not self._cut_off:  # validation and probe are cut off one after the other
                 self._cut_off = True
                 print(
-                    f"\nwarning: the validation at step {state.global_step} is cut off; it is not measured", flush=True
+                    f"\nwarning: the validation at step {state.global_step} is cut off and not measured", flush=True
                 )
             raise StoppedMeasuring
 
