@@ -6,6 +6,7 @@
    70  hung: no progress for supervision.hang_minutes, ended by the watchdog
    75  stopped by SIGTERM or SIGUSR1, or with its launcher
   130  stopped by Ctrl-C
+  143  stopped by SIGTERM from srun before training, which sends it where one process has failed
 
 After 70, 75 and 130 the same command goes on from the newest checkpoint. These are the statuses of each process;
 what launchers make of them is said in pipeline/exit_status.py.
@@ -35,8 +36,8 @@ __all__ = ["BAD_INPUT", "INTERRUPTED", "run_command", "told_errors"]
 
 STATUSES = (
     "Exit status: 0 finished; 1 a bug, or another process was killed; 2 bad input, or a run that cannot go on as "
-    "it is; 70 hung; 75 stopped by SIGTERM or SIGUSR1; 130 stopped by Ctrl-C. After the last three the same command "
-    "goes on."
+    "it is; 70 hung; 75 stopped by SIGTERM or SIGUSR1 (143 by srun, before training); 130 stopped by Ctrl-C. "
+    "After 70, 75 and 130 the same command goes on."
 )
 
 OTHERS_SECONDS = 5.0
