@@ -7,8 +7,9 @@ A launch imports for ten seconds; a configuration trains for one or two. ``JOBS.
 ``{"name", "recipe", "overrides", "trainer"}``, the trainer being ``ours``, ``ours, from <job>`` (which resumes from
 that job's first checkpoint; the job may be another launch's, ``../<folder>/<job>``), ``stock`` or ``stock, bfloat16
 adapter``; each job writes ``FOLDER/<name>.json`` and the folder ``FOLDER/<name>``, its adapter. ``stock`` is trl's
-``SFTTrainer`` with peft's ``LoraConfig`` on the same rows as prompt and completion: its base, arguments and trainer come from the libraries, with the same two corrections as ours
-(no repacking of 4-bit weights; float32 adapter where no engine keeps masters).
+``SFTTrainer`` with peft's ``LoraConfig`` on the same rows as prompt and completion: its base, arguments and trainer
+come from the libraries, with the same two corrections as ours (no repacking of 4-bit weights; float32 adapter where no
+engine keeps masters).
 """
 
 # the environment stands before the heavy imports
