@@ -24,7 +24,7 @@ TOKEN = re.compile(
 _LOGIN = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 """``user:password`` in an address."""
 _NAME = re.compile(
-    r"(?:^|[._-])(?:token|secret|password|passwd|api_?key|access_?key|credentials?)$",
+    r"(?:^|[._-])(?:token|secret|password|passwd|api[_-]?key|access[_-]?key|credentials?)$",
     re.IGNORECASE,
 )
 _MARKS = re.compile(r"(?:pad|eos|bos|unk|mask|cls|sep|boi|eoi|image|audio)_token$", re.IGNORECASE)

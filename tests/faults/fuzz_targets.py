@@ -44,9 +44,9 @@ from pipeline.errors import UserError
 from pipeline.export.run import masks_of, read_source
 from pipeline.preflight.checks import examine
 from pipeline.recipe import load_recipe, recipe_to_yaml
-from pipeline.recipe.json_schema import all_keys
+from pipeline.recipe.json_schema import Schema, all_keys, arms, choices, schema_at
 from pipeline.recipe.schema import Base, Source
-from pipeline.recipe.training import sft_field_names
+from pipeline.recipe.training import field_schemas, sft_field_names
 from pipeline.run_folder import check_run_folder, read_history
 
 RECIPES = ("alpaca.yaml", "pocket/pocket.yaml", "pocket/pocket-lora.yaml", "calibration/calibration.yaml")
@@ -128,8 +128,11 @@ def check(folder: Path) -> Target:
         f"name: spoilt\noutput: {folder}/outputs\nbase: {{model: {POCKET_BASE}, quantization: none}}\n"
         f"data: {{train: [{{path: {folder}/rows.jsonl}}], max_length: 64}}\n"
     )
-    numbers = st.one_of(st.integers(0, 9), st.sampled_from([10**4, 2**31, 2**40, 10**17]), st.floats(0, 10), SCALARS)
-    plain = st.tuples(st.sampled_from(KEYS), numbers).map(lambda pair: f"{pair[0]}={written(pair[1])}")
+    schemas = {key: schema_at(key.split(".")) or {} for key in all_keys()}
+    schemas |= {f"training.{name}": found for name, found in field_schemas().items()}
+    plain = st.sampled_from(sorted(schemas)).flatmap(
+        lambda key: _fitting(schemas[key]).map(lambda value: f"{key}={written(value)}")
+    )
 
     def read(overrides: Sequence[str]) -> None:
         loaded = load_recipe(recipe, overrides)
@@ -139,6 +142,23 @@ def check(folder: Path) -> Target:
             raise UserError("\n".join(found.errors))
 
     return Target(st.lists(plain, min_size=1, max_size=2), read)
+
+
+def _fitting(schema: Schema) -> st.SearchStrategy[Any]:
+    """Values of a key's kind, mostly: small, large, and on the borders."""
+    kinds = {arm.get("type") for arm in arms(schema)}
+    found = [st.sampled_from(choices(schema))] if choices(schema) else []
+    if kinds & {"integer", "number"}:
+        found += [st.integers(0, 4), st.integers(0, 100), st.sampled_from([10**4, 2**31, 2**40, 10**17])]
+    if "number" in kinds:
+        found += [st.floats(0, 1, allow_nan=False), st.floats(0, 1e9), st.sampled_from([1e-300, 1e300, 5e-324])]
+    if "boolean" in kinds:
+        found.append(st.booleans())
+    if "string" in kinds:
+        found.append(st.sampled_from(NASTY))
+    if "array" in kinds:
+        found.append(st.lists(st.sampled_from(["q_proj", "lm_head", "embed_tokens", "a", "base", ""]), max_size=2))
+    return st.one_of(*found, SCALARS) if found else VALUES
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

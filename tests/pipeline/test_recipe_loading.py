@@ -251,7 +251,8 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path_factory: pytest.TempPathF
 
 @settings(deadline=None, max_examples=150)
 @given(
-    value=st.one_of(numbers, st.integers(1 - 10**18, 10**18 - 1), st.booleans(), st.none(), text), index=st.integers(0, 1)
+    value=st.one_of(numbers, st.integers(1 - 10**18, 10**18 - 1), st.booleans(), st.none(), text),
+    index=st.integers(0, 1),
 )
 def test_an_override_sets_the_value_that_yaml_reads(
     tmp_path_factory: pytest.TempPathFactory, value: Any, index: int
