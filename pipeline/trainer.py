@@ -399,7 +399,8 @@ class LoraDropoutTrainer(SFTTrainer):
         try:
             return super().evaluate(*args, **kwargs)
         except StoppedMeasuring:
-            self.control.should_save = self.control.should_training_stop = True
+            self.control.should_save = not self.guard.streak
+            self.control.should_training_stop = True
             best = self.args.metric_for_best_model
             return {} if best is None else {f"eval_{best.removeprefix('eval_')}": math.nan}  # never the best
 
