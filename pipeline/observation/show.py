@@ -154,7 +154,7 @@ def _note(run: Run) -> str | None:
         )
     if run.state in ("failed", "stopped"):
         why = status.message or "see its log"
-        return f"{run.state} with exit status {status.exit_status}: {why}"
+        return f"exit status {status.exit_status}: {why}"
     return None
 
 

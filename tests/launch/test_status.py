@@ -75,8 +75,8 @@ def test_the_table_says_how_runs_are_doing(repository: Path, runs: Path) -> None
     (running,) = [line for line in lines if line.split()[:2] == ["running", "training"]]
     for cell in ("41/200", "1.2346", "5,210", "1 h 2 min", "40", " s ago"):
         assert cell in running
-    assert "stopped: stopped with exit status 75: stopped by SIGTERM at step 40" in process.stdout
-    assert "failed: failed with exit status 2: out of memory" in process.stdout
+    assert "stopped: exit status 75: stopped by SIGTERM at step 40" in process.stdout
+    assert "failed: exit status 2: out of memory" in process.stdout
     assert "lost: no sign of life since " in process.stdout and "goes on from the last checkpoint" in process.stdout
     (rank,) = [line for line in lines if "node-7" in line]
     assert rank.split()[:2] == ["running", "0"] and "1 min 5 s" in rank and "torch.distributed.all_reduce" in rank
