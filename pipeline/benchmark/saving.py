@@ -59,8 +59,11 @@ class Line:
     """The same in seconds of processor time."""
     save: float | None
     """Median seconds of a checkpoint, training standing still."""
-    share: Timing | None
-    """Of ``EVERY`` steps and a checkpoint, against the same steps without the seconds that it took."""
+    watching: float
+    """Median seconds of heartbeat, status and logs in ``EVERY`` steps."""
+    share: Timing
+    """Of ``EVERY`` steps and all that, against the same steps without the seconds that it took: in one process, so that
+    what others do hardly moves it."""
     checkpoint_bytes: int | None
 
 
@@ -185,15 +188,18 @@ def _line(name: str, turns: dict[str, list[list[Turn]]], folder: Path) -> Line:
     def per_round(of: str, what: str) -> list[float]:
         return [sum(asdict(turn)[what] for turn in of_round) for of_round in turns[of]]
 
-    whole, saving = per_round(name, "seconds"), per_round(name, "saving")
-    steps = timing(whole, per_round(NOTHING, "seconds"), 0)
-    processor_time = timing(per_round(name, "processor_seconds"), per_round(NOTHING, "processor_seconds"), 0)
+    whole, saving, watching = (per_round(name, what) for what in ("seconds", "saving", "watching"))
+    without = [total - saved - watched for total, saved, watched in zip(whole, saving, watching, strict=True)]
     checkpoints = sorted((folder / name / "checkpoints").glob("checkpoint-*"))
-    if not checkpoints:
-        return Line(name, steps, processor_time, None, None, None)
-    without = [all_of_it - saved for all_of_it, saved in zip(whole, saving, strict=True)]
-    share = timing(whole, without, 0)
-    return Line(name, steps, processor_time, statistics.median(saving), share, folder_bytes(checkpoints[-1]))
+    return Line(
+        name,
+        steps=timing(whole, per_round(NOTHING, "seconds"), 0),
+        processor=timing(per_round(name, "processor_seconds"), per_round(NOTHING, "processor_seconds"), 0),
+        save=statistics.median(saving) if checkpoints else None,
+        watching=statistics.median(watching),
+        share=timing(whole, without, 0),
+        checkpoint_bytes=folder_bytes(checkpoints[-1]) if checkpoints else None,
+    )
 
 
 def _disk(folder: Path) -> str:
@@ -222,13 +228,13 @@ def print_result(found: dict[str, Any]) -> None:
     for title in titles:
         grid.add_column(title, justify="right", no_wrap=True)
     for line in found["lines"]:
-        saved = ["-"] * 3
-        if line["save"] is not None:
-            saved = [duration(line["save"]), _ratio(line["share"]), in_words(line["checkpoint_bytes"])]
+        save = "-" if line["save"] is None else f"{duration(line['save'])}, {in_words(line['checkpoint_bytes'])}"
+        watching = duration(line["watching"]) if line["watching"] else "-"
+        share = "-" if line["name"] == NOTHING else _ratio(line["share"])
         against = [_ratio(line["steps"]), _ratio(line["processor"])]
         if line["name"] in (NOTHING, "stock"):  # the latter's trainer is another one, without masks
             against = ["-"] * 2
-        grid.add_row(LABELS[line["name"]], duration(line["steps"]["median"] / EVERY), *against, *saved)
+        grid.add_row(LABELS[line["name"]], duration(line["steps"]["median"] / EVERY), *against, save, watching, share)
     seconds = statistics.median(written["seconds"])
     words = (
         f"a {written['shape']} adapter by itself, random values, {written['parameters']:,} parameters: "

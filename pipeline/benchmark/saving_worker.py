@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from pipeline.adapter.config import lora_config
 from pipeline.arguments import sft_config
 from pipeline.base import load_base, load_tokenizer
-from pipeline.benchmark.turns import TurnsCallback
+from pipeline.benchmark.turns import EdgeCallback, TurnsCallback, Watching
 from pipeline.data import load_splits
 from pipeline.environment import keep_freed_memory
 from pipeline.observation.observer import RunObserver
@@ -32,13 +32,14 @@ from pipeline.supervision.supervisor import supervised
 from pipeline.trainer import LoraDropoutTrainer
 
 
-def run(job: dict[str, Any], turns: TurnsCallback) -> None:
+def run(job: dict[str, Any], turns: TurnsCallback, watching: Watching) -> None:
     """Train as the job says.
 
     Args:
         job: ``recipe``, ``overrides``, ``stock`` (trl's trainer and transformers' checkpoints) and ``watched``
             (heartbeat, status and logs, as pipeline.train has them).
         turns: added last.
+        watching: is told of these.
     """
     recipe = load_recipe(Path(job["recipe"]), job["overrides"])
     tokenizer, folder = load_tokenizer(recipe.base), run_folder(recipe)
@@ -72,7 +73,9 @@ def run(job: dict[str, Any], turns: TurnsCallback) -> None:
         for printing in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(printing)
         if job["watched"]:
+            trainer.add_callback(EdgeCallback(watching.begins))
             _watch(trainer, recipe, folder, guard, stack)
+            trainer.add_callback(EdgeCallback(watching.ends))
         trainer.add_callback(turns)
         trainer.train()
 
@@ -91,8 +94,8 @@ def main() -> None:
     """Words for the other side go where standard output was; what libraries print there goes to standard error."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    job = json.loads(sys.argv[1])
-    run(job, TurnsCallback(job["steps"], channel))
+    job, watching = json.loads(sys.argv[1]), Watching()
+    run(job, TurnsCallback(job["steps"], channel, watching), watching)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pipeline.benchmark.random_base import random_base
 from pipeline.benchmark.shapes import shape_config
 from pipeline.benchmark.statistics import interval_name, timing
 from pipeline.benchmark.trainers import frozen_bytes, with_shared_weights
-from pipeline.benchmark.turns import Turn, TurnsCallback
+from pipeline.benchmark.turns import EdgeCallback, Turn, TurnsCallback, Watching
 from pipeline.benchmark.variants import parse_variants
 from pipeline.errors import UserError
 from pipeline.recipe import schema
@@ -196,10 +196,15 @@ def test_a_turn_is_its_steps_with_their_checkpoint(monkeypatch: pytest.MonkeyPat
     """Two steps a turn, a checkpoint after the second one; without another turn training stops."""
     channel, state, control = StringIO(), TrainerState(), TrainerControl()
     monkeypatch.setattr(sys, "stdin", StringIO("go\ngo\n"))
-    turns = TurnsCallback(2, channel)
+    watching = Watching()
+    turns, edges = TurnsCallback(2, channel, watching), [EdgeCallback(watching.begins), EdgeCallback(watching.ends)]
     told: Any = (None, state, control)  # the arguments are not looked at
     for state.global_step in range(4):
         turns.on_step_begin(*told)
+        edges[0].on_step_end(*told)
+        if state.global_step == 2:
+            sleep(0.03)
+        edges[1].on_step_end(*told)
         turns.on_step_end(*told)
         if state.global_step == 1:
             sleep(0.02)
@@ -210,7 +215,8 @@ def test_a_turn_is_its_steps_with_their_checkpoint(monkeypatch: pytest.MonkeyPat
     assert control.should_training_stop
     _, first, second = (Turn(*json.loads(line)) for line in channel.getvalue().splitlines())
     assert first.seconds >= first.saving >= 0.02 > first.processor_seconds
-    assert second.saving == 0 and second.seconds > 0
+    assert second.saving == 0 and second.seconds >= second.watching >= 0.03
+    assert first.watching < 0.01
 
 
 def test_evaluation_in_every_way(repository: Path, tmp_path: Path) -> None:
