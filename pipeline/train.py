@@ -34,7 +34,7 @@ from pipeline.exit_status import FINISHED
 from pipeline.json_file import write_json
 from pipeline.lora_dropout import LoraDropout
 from pipeline.model_card import write_model_card
-from pipeline.nodes import check_same_everywhere
+from pipeline.nodes import check_same_everywhere, told_to_other_nodes
 from pipeline.observation.flops import TokenWork, empty_base_work, own_peak_flops, recipe_work
 from pipeline.observation.observer import RunObserver
 from pipeline.observation.progress import PlainWordsCallback
@@ -88,22 +88,23 @@ def train(recipe: Recipe, overwrite: bool = False, evaluated: bool = False) -> P
 
 def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
     """The stages of :func:`train`, in order."""
-    if is_main():  # on other nodes another folder may bear its name
-        check_run_folder(recipe, overwrite)
     check_launch(recipe)
     check_optimizer(recipe)
     check_device(recipe.base)
-    config = load_config(recipe.base, zero_stage(recipe))
-    check_length(config, recipe.base, recipe.data.max_length)
-    check_reporters(recipe)
-    # before the arguments, with which ZeRO-3 cuts every new model into shards
-    shape = model_shape(config, recipe)
-    work = empty_base_work(config, recipe, shape.adapter_parameters)
-    tokenizer = load_tokenizer(recipe.base)
     folder = run_folder(recipe)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
-    splits = cached_splits(recipe, tokenizer)
-    origin = origin_of(recipe, splits, overwrite)
+    with told_to_other_nodes(join=lambda: sft_config(recipe, folder)):
+        if is_main():  # on other nodes another folder may bear its name
+            check_run_folder(recipe, overwrite)
+        config = load_config(recipe.base, zero_stage(recipe))
+        check_length(config, recipe.base, recipe.data.max_length)
+        check_reporters(recipe)
+        # before the arguments, with which ZeRO-3 cuts every new model into shards
+        shape = model_shape(config, recipe)
+        work = empty_base_work(config, recipe, shape.adapter_parameters)
+        tokenizer = load_tokenizer(recipe.base)
+        splits = cached_splits(recipe, tokenizer)
+        origin = origin_of(recipe, splits, overwrite)
     arguments = sft_config(recipe, folder, origin.accumulation)
     check_same_everywhere(folder, origin.in_words)
     if origin.finished:

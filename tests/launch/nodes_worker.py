@@ -2,10 +2,10 @@
 
     python nodes_worker.py JOBS.json
 
-``JOBS.json`` is a list of ``{"recipe", "nodes", "ranks", "folder", "stages"}``: ``nodes`` times ``ranks`` processes are
-forked and run the stages (``train``, ``evaluate``). What a node writes lies in ``<folder>/node-<n>``: ``cache``,
-``outputs`` and ``eval``. Rank r's screen is ``<folder>/<r>.log``, and a line of JSON on the screen tells the exit
-statuses of each job. Where a rank fails, the others have 20 s to fail, too.
+``JOBS.json`` is a list of ``{"recipe", "nodes", "ranks", "folder", "stages", "last"}``: ``nodes`` times ``ranks``
+processes are forked and run the stages (``train``, ``evaluate``), the last node with the overrides ``last``. What a
+node writes lies in ``<folder>/node-<n>``: ``cache``, ``outputs`` and ``eval``. Rank r's screen is ``<folder>/<r>.log``,
+and a line of JSON on the screen tells the exit statuses of each job. Where a rank fails, the others have 20 s to fail.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.environment import prepare_environment
 
 prepare_environment()
+import deepspeed  # noqa: F401  # once, and not in every fork
 import torch
 from ports import free_port
 
@@ -37,7 +38,8 @@ from pipeline.train import train
 def run(job: dict[str, Any], node: int) -> None:
     """One rank's stages."""
     own = Path(job["folder"]) / f"node-{node}"
-    recipe = load_recipe(Path(job["recipe"]), [f"output={own / 'outputs'}"])
+    overrides = job.get("last", []) if node == job["nodes"] - 1 else []
+    recipe = load_recipe(Path(job["recipe"]), [f"output={own / 'outputs'}", *overrides])
     with told_errors():
         if "train" in job["stages"]:
             train(recipe)

@@ -50,7 +50,8 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, pocket_base: Path) -> Path:
-    """Two nodes train and evaluate; one node of four trains; one process evaluates; the two nodes start again."""
+    """Two nodes train and evaluate; one node of four trains; one process evaluates; the two nodes start again;
+    the data lies on one node alone."""
     folder = tmp_path_factory.mktemp("nodes")
     draw = random.Random(random.randrange(10**6))
     numbers = [(draw.randint(0, 99), draw.randint(0, 99)) for _ in range(30)]
@@ -66,6 +67,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, pocket_base: Path) -> Path:
         {**job, "folder": str(folder / "one")},
         {**job, "ranks": 1, "folder": str(folder / "one"), "stages": ["evaluate"]},
         {**job, "nodes": 2, "ranks": 2, "folder": str(folder / "two")},
+        {**job, "nodes": 2, "ranks": 2, "folder": str(folder / "bad"), "last": ["data.train.0.path=/no/rows.jsonl"]},
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     process = subprocess.run(
@@ -129,3 +131,13 @@ def test_a_run_goes_on_only_where_every_node_sees_it(work: Path) -> None:
     said = (work / "two" / "0.log").read_text()
     assert "is not the same on all nodes" in said and "(process 2): no finished run, no checkpoint\n" in said, said
     assert "(process 1): a finished run, a checkpoint after step 2\n" in said
+
+
+@pytest.mark.slow
+def test_what_one_node_lacks_ends_all(work: Path) -> None:
+    """Else the other nodes would wait for it until the process group gives up."""
+    assert json.loads((work / "statuses.json").read_text())[4] == [2] * 4
+    for rank in range(4):
+        said = (work / "bad" / f"{rank}.log").read_text()
+        assert "data.train.0.path: found '/no/rows.jsonl', which does not exist" in said
+        assert ("(process 2 on " in said) == (rank != 3) and "Traceback" not in said, said
