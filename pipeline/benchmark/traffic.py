@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipeline.benchmark.random_base import plain_tokenizer
 from pipeline.benchmark.shapes import shape_config
+from pipeline.benchmark.turns import free_port
 from pipeline.errors import UserError
 from pipeline.preflight.traffic import Stored, Traffic, checkpoint_traffic, kept_bytes, step_traffic, stored_tensors
 from pipeline.processes import launched
@@ -203,7 +204,7 @@ def _counted(jobs: list[dict[str, Any]], ranks: int, folder: Path, apart: list[s
     """What the first rank counted, by job."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}"]
-    reachable = ["--master-addr=127.0.0.1", "--master-port=29533"]  # a network of its own has no other name
+    reachable = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]  # a network of its own has no other name
     done = subprocess.run(
         [*apart, *torchrun, *reachable, "-m", PLACE, str(folder / "jobs.json"), str(folder)],
         cwd=Path(__file__).resolve().parents[2],

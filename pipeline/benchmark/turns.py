@@ -115,6 +115,13 @@ class TurnsCallback(TrainerCallback):
         self._saving += time.perf_counter() - self._stepped
 
 
+def free_port() -> int:
+    """That nobody listens at, on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Training:
     """A process that trains when it is told to."""
 
@@ -125,15 +132,12 @@ class Training:
             job: for :mod:`pipeline.benchmark.saving_worker`.
             log: file for what it prints.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         self._log = log
         self._process = subprocess.Popen(
             [sys.executable, "-m", WORKER, json.dumps(job)],
             cwd=Path(__file__).resolve().parents[2],
-            env={**os.environ, **single, "MASTER_PORT": str(port)},
+            env={**os.environ, **single, "MASTER_PORT": str(free_port())},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
