@@ -109,9 +109,7 @@ class SupervisionCallback(TrainerCallback):
             self.stopped = True
             if is_main() and not self._cut_off:  # validation and probe are cut off one after the other
                 self._cut_off = True
-                print(
-                    f"\nwarning: the validation at step {state.global_step} is cut off and not measured", flush=True
-                )
+                print(f"\nwarning: the validation at step {state.global_step} is cut off and not measured", flush=True)
             raise StoppedMeasuring
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
