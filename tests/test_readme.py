@@ -45,6 +45,14 @@ COMMANDS = {
     "python launch/benchmark.py --shape width-1024 --layers 4 --tokens 64": "as the command in test_benchmark.py",
     "python launch/benchmark.py --level evaluation --shape width-512 --layers 4": "as the command in test_benchmark.py",
     "python launch/noise.py recipes/pocket/pocket.yaml": "as the command in test_noise.py",
+    "python launch/benchmark.py --level checkpoint recipes/pocket/pocket.yaml": "as the command in test_benchmark.py",
+    "python launch/benchmark.py --level traffic --shape llama2-7b --layers 4": "as the command, whose result is kept",
+    "python launch/status.py outputs/*": "as the command in test_status.py",
+    "python launch/submit.py recipes/alpaca.yaml --nodes 2 --gpus 4 --time 8:00:00": "as the command in test_submit.py",
+    "python launch/submit.py recipes/alpaca.yaml --gpus 1 --array seeds=0:5 --evaluate separate": (
+        "as the command in test_submit.py"
+    ),
+    "deepspeed --hostfile hosts launch/sft.py recipes/alpaca.yaml": "as the command in test_nodes.py",
     "python launch/schema.py": "",
 }
 

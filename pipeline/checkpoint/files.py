@@ -164,7 +164,7 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Returns:
         The checkpoint, or None; and one line for each newer one that is damaged.
     """
-    damaged = []
+    damaged: list[str] = []
     for checkpoint in listed_checkpoints(folder):
         problem = problem_of(checkpoint.folder)
         if problem is None:

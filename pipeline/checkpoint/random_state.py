@@ -18,7 +18,8 @@ import torch
 def random_state() -> dict[str, Any]:
     """Of this process; of CUDA, its own device. Large states as base64 of their bytes, little-endian 32-bit words."""
     version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    assert isinstance(keys, np.ndarray)
     state = {
         "python": [version, _text(np.array(numbers, dtype="<u4")), gauss],
         "numpy": [kind, _text(keys.astype("<u4")), position, has_gauss, cached],
