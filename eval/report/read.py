@@ -12,6 +12,9 @@ from pydantic import ValidationError
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
+OBJECTS = ("results", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "lora_dropout")
+"""Of lm-eval's keys, those that are read here."""
+
 
 def read_results(folder: Path) -> dict[str, Any]:
     """``results.json`` of an evaluation folder. Raises UserError where it is missing, broken or not ours."""
@@ -30,7 +33,18 @@ def read_results(folder: Path) -> dict[str, Any]:
             f"{path}: no section lora_dropout.systems; expected the file that launch/evaluate.py writes, "
             "stock lm-eval results have no systems to compare"
         )
+    _check_kinds(path, results, OBJECTS)
+    _check_kinds(path, ours, ("systems", "provenance", "recipe"))
+    _check_kinds(path, ours["systems"], tuple(ours["systems"]))
+    _check_kinds(path, ours.get("provenance") or {}, ("training", "evaluation"))
     return results
+
+
+def _check_kinds(path: Path, holder: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    """Raise UserError where one of the keys is there, and holds no object."""
+    for key in keys:
+        if not isinstance(holder.get(key), dict | type(None)):
+            raise UserError(f"{path}: {key} is {type(holder[key]).__name__}, expected an object; evaluate again")
 
 
 def recorded_recipe(ours: Mapping[str, Any]) -> Recipe:

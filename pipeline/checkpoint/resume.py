@@ -141,7 +141,9 @@ def _check_same(place: Path, holder: Path, identity: dict[str, Any]) -> None:
     """
     try:
         saved = json.loads((holder / IDENTITY_FILE).read_bytes())
-    except (OSError, ValueError) as error:
+        if not isinstance(saved, dict):
+            raise ValueError("expected an object")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{holder / IDENTITY_FILE}: cannot be read ({error}), so whether it is this experiment cannot be told.\n"
             "Give this run another name, or pass --overwrite to delete what is there."

@@ -51,7 +51,8 @@ CASES = {
     "data": 3_000,
     "adapters": 1_500,
     "results": 600,
-    "runs": 600,
+    "runs": 1_000,
+    "checkpoints": 1_000,
     "commands": 60,
 }
 
@@ -130,7 +131,7 @@ def report(name: str, tally: Tally) -> None:
     """One line of the table, and the failures under it."""
     total = tally.accepted + tally.refused + tally.failures.total()
     print(
-        f"{name:<10} {total:>7,} {tally.accepted:>9,} {tally.refused:>9,} {tally.failures.total():>9,} "
+        f"{name:<11} {total:>7,} {tally.accepted:>9,} {tally.refused:>9,} {tally.failures.total():>9,} "
         f"{tally.slowest:>8.2f} s",
         flush=True,
     )
@@ -149,7 +150,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     arguments = parser.parse_args()
     print(
-        f"seed {arguments.seed}\n{'target':<10} {'cases':>7} {'accepted':>9} {'refused':>9} {'failures':>9} {'slowest':>10}"
+        f"seed {arguments.seed}\n"
+        f"{'target':<11} {'cases':>7} {'accepted':>9} {'refused':>9} {'failures':>9} {'slowest':>10}"
     )
     failures = 0
     with tempfile.TemporaryDirectory() as name:

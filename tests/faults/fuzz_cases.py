@@ -87,7 +87,7 @@ PLACES = st.floats(0, 1)
 
 TEXT_EDITS = ("value", "value", "value", "key", "delete", "double", "swap", "insert", "indent", "cut")
 BYTE_EDITS = ("flip", "flip", "zero", "drop", "insert", "cut", "double", "gzip", "mark", "utf-16", "latin-1", "empty")
-TREE_EDITS = ("set", "set", "set", "remove", "rename", "double", "wrap")
+TREE_EDITS = ("set", "set", "set", "remove", "rename", "double", "wrap", "whole")
 
 
 def edits(names: Sequence[str], most: int = 4) -> st.SearchStrategy[list[Edit]]:
@@ -160,7 +160,7 @@ def edited_tree(tree: Any, changes: Sequence[Edit]) -> Any:
     tree = json.loads(json.dumps(tree))
     for kind, where, what in changes:
         holders = _entries(tree)
-        if not holders:
+        if kind == "whole" or not holders:
             return what
         holder, key = holders[int(where * (len(holders) - 1))]
         if kind == "set":

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +35,27 @@ from fuzz_cases import (
 )
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 
 from eval.compare.run import Declared, compare_adapters
 from pipeline.adapter.check import check_adapter
 from pipeline.adapter.files import AdapterSettings, save_adapter
 from pipeline.base import hollow_base, load_tokenizer
+from pipeline.checkpoint.files import write_checkpoint
+from pipeline.checkpoint.resume import Origin, _check_same, whole_checkpoint
+from pipeline.checkpoint.training_state import Progress, read_progress
 from pipeline.data import PromptTemplate, load_rows, tokenise
 from pipeline.data.splits import content_fingerprint
 from pipeline.errors import UserError
 from pipeline.export.run import masks_of, read_source
+from pipeline.observation.show import exit_status, show_once
+from pipeline.observation.status import Status
 from pipeline.preflight.checks import examine
 from pipeline.recipe import load_recipe, recipe_to_yaml
 from pipeline.recipe.json_schema import Schema, all_keys, arms, choices, schema_at
 from pipeline.recipe.schema import Base, Source
 from pipeline.recipe.training import field_schemas, sft_field_names
-from pipeline.run_folder import check_run_folder, read_history
+from pipeline.run_folder import check_run_folder, read_history, read_provenance
 
 RECIPES = ("alpaca.yaml", "pocket/pocket.yaml", "pocket/pocket-lora.yaml", "calibration/calibration.yaml")
 POCKET_BASE = REPOSITORY / "recipes" / "pocket" / "base"
@@ -297,18 +305,72 @@ def results(folder: Path) -> Target:
 
 
 def runs(folder: Path) -> Target:
-    """What a run leaves in its folder and later commands read: ``history.jsonl``."""
-    good = [{"step": step, "loss": 1.0 / step, "time": float(step)} for step in range(1, 6)]
+    """What a run leaves in its folder and later commands read."""
+    history = [{"step": step, "loss": 1.0 / step, "time": float(step)} for step in range(1, 6)]
+    good: dict[str, Any] = {
+        "history.jsonl": history,
+        "status.json": {**asdict(Status()), "started": "2030-01-01T00:00:00+00:00", "loss": 2.5, "step": 3},
+        "ranks/rank-0.json": {
+            "rank": 0,
+            "host": "h",
+            "pid": 1,
+            "phase": "training",
+            "step": 3,
+            "call": "f",
+            "time": 1.5,
+        },
+        "identity.json": {"seed": 1, "data.max_length": 64, "training.max_steps": 3, "rows per optimizer step": 4},
+        "provenance.json": {"data": [{"split": "train", "rows": 3}], "processes": 1, "engine": "one process"},
+    }
+    (folder / "ranks").mkdir()
 
-    def read(case: tuple[int, list[Any], list[Any]]) -> None:
-        line, tree, bytes_ = case
-        lines = [json.dumps(record) for record in good]
-        lines[line] = json.dumps(edited_tree(good[line], tree))
-        content = ("\n".join(lines) + "\n").encode()
-        (folder / "history.jsonl").write_bytes(edited_bytes(content, bytes_))
+    def read(case: tuple[str, list[Any], list[Any]]) -> None:
+        name, tree, bytes_ = case
+        for file, content in good.items():
+            changed = edited_tree(content, tree) if file == name else content
+            as_lines = isinstance(changed, list) and file == "history.jsonl"
+            text = "".join(json.dumps(one) + "\n" for one in changed) if as_lines else json.dumps(changed)
+            (folder / file).write_bytes(edited_bytes(text.encode(), bytes_ if file == name else []))
         read_history(folder)
+        read_provenance(folder)
+        exit_status(show_once([folder], ranks=True, as_json=False))
+        show_once([folder], ranks=True, as_json=True)
+        _check_same(folder, folder, good["identity.json"])
 
-    return Target(st.tuples(st.integers(0, 4), edits(TREE_EDITS), st.just([]) | edits(BYTE_EDITS)), read)
+    return Target(st.tuples(st.sampled_from(sorted(good)), edits(TREE_EDITS), st.just([]) | edits(BYTE_EDITS)), read)
+
+
+def checkpoints(folder: Path) -> Target:
+    """The newest of two checkpoints spoilt: the older one must be taken."""
+    good = folder / "good"
+
+    def write(part: Path) -> None:
+        shutil.copyfile(POCKET_BASE / "config.json", part / "trainer_state.json")
+        state = {field.name: 1 for field in dataclass_fields(Progress)}
+        (part / "state.json").write_text(json.dumps(state))
+        save_file({"master.a": torch.arange(64.0), "exp_avg.a": torch.ones(64)}, str(part / "optimizer.safetensors"))
+
+    for step in (3, 7):
+        write_checkpoint(good, step, write)
+    names = sorted(file.name for file in (good / "checkpoint-7").iterdir())
+
+    def read(case: tuple[str, list[Any], list[Any]]) -> None:
+        name, tree, bytes_ = case
+        spoilt = folder / "spoilt"
+        shutil.rmtree(spoilt, ignore_errors=True)
+        shutil.copytree(good, spoilt)
+        file = spoilt / "checkpoint-7" / name
+        _spoil(file, tree, bytes_)
+        found = whole_checkpoint(Origin({}, 1, source=spoilt))
+        same = file.read_bytes() == (good / "checkpoint-7" / name).read_bytes()
+        if name != "manifest.json":  # which has no checksum of its own
+            assert found == spoilt / ("checkpoint-7" if same else "checkpoint-3"), f"took {found}"
+        assert found is not None and read_progress(found).step == 1
+        if found.name == "checkpoint-3":
+            raise UserError("the older one")
+
+    cases = st.tuples(st.sampled_from([*names, "manifest.json"]), edits(TREE_EDITS), st.just([]) | edits(BYTE_EDITS))
+    return Target(cases, read)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -345,5 +407,6 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "adapters": adapters,
     "results": results,
     "runs": runs,
+    "checkpoints": checkpoints,
     "commands": commands,
 }
