@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import secrets
 import signal
@@ -148,7 +149,13 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="of each target; see CASES for the defaults")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--counts", type=Path, metavar="FILE", help="JSON: cases by target, of these targets only")
     arguments = parser.parse_args()
+    counts = (
+        dict.fromkeys(arguments.only, arguments.cases) if arguments.cases else {n: CASES[n] for n in arguments.only}
+    )
+    if arguments.counts:
+        counts = json.loads(arguments.counts.read_text())
     print(
         f"seed {arguments.seed}\n"
         f"{'target':<11} {'cases':>7} {'accepted':>9} {'refused':>9} {'failures':>9} {'slowest':>10}"
@@ -159,10 +166,10 @@ def main() -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
         from fuzz_targets import TARGETS
 
-        for target in arguments.only:
+        for target, cases in counts.items():
             folder = Path(name) / target
             folder.mkdir()
-            tally = tried(TARGETS[target](folder), arguments.cases or CASES[target], arguments.seed)
+            tally = tried(TARGETS[target](folder), cases, arguments.seed)
             report(target, tally)
             failures += tally.failures.total()
     return 1 if failures else 0
