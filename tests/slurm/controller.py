@@ -7,6 +7,7 @@ Each offers 64 cores and 16 graphics cards, which are only counted: jobs of seve
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -26,6 +27,8 @@ CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+# ports of jobs come from their numbers: two clusters on one machine must not have the same
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -133,7 +136,8 @@ def started_cluster(folder: Path, kill_wait: int = 30) -> Iterator[Cluster]:
     key.chmod(0o600)
     folder.chmod(0o755)  # munged refuses a socket in a folder that others may write to, or may not enter
     values = {"host": socket.gethostname(), "nodes": NODES, "ports": _free_ports(3), "folder": folder}
-    (folder / "slurm.conf").write_text(CONFIGURATION.format(**values, kill_wait=kill_wait))
+    first_job = random.randrange(1, 12000)
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(**values, kill_wait=kill_wait, first_job=first_job))
     (folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-15]\n")
     cluster = Cluster(folder)
     munged = ["munged", "--foreground", "--force", "--key-file", key, "--socket", folder / "munge.socket"]
