@@ -33,10 +33,8 @@ def evaluate(
 
     prepare_environment()
     from pipeline.recipe import load_recipe
-    from pipeline.restarts import check_restarts
 
     recipe = load_recipe(recipe_file, overrides or [])
-    check_restarts(recipe, evaluations=output)
     from eval.run import evaluate as run  # takes seconds to import: after the recipe's mistakes are told
     from pipeline.run_folder import run_folder
 

@@ -31,10 +31,8 @@ def sft(
 
     prepare_environment()
     from pipeline.recipe import load_recipe
-    from pipeline.restarts import check_restarts
 
     recipe = load_recipe(recipe_file, overrides or [])
-    check_restarts(recipe, evaluations=Path("eval/outputs"))
     if evaluation and recipe.eval.tasks:
         from eval.adapters import check_deep_ensemble  # imports take seconds: after the recipe's mistakes are told
         from eval.tasks import check_tasks

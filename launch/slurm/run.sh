@@ -7,6 +7,7 @@
 # shell's environment on, HF_TOKEN included, which so stands in no script.
 
 PYTHON=${PYTHON:-python}
+here=$(dirname "${BASH_SOURCE[0]}")
 # of a task in an array, whose plain number may mean the whole array
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
@@ -16,7 +17,7 @@ trap : TERM USR1 # this script waits for its step to end, and then for its turn;
 launch() {
     run_step "$@"
     local status=$?
-    requeue_if_stopped $status
+    requeue_if_stopped $status "$@"
     return $status
 }
 
@@ -41,7 +42,7 @@ launch_locally() {
         echo "error: the run could not be brought to $output; it is on $SLURMD_NODENAME in $folder" >&2
         return 1
     fi
-    requeue_if_stopped $status
+    requeue_if_stopped $status "$@"
     return $status
 }
 
@@ -69,14 +70,16 @@ run_step() {
     srun "${options[@]}" "$PYTHON" "$@"
 }
 
-# requeue_if_stopped STATUS: 75 says that a signal stopped the run, with a checkpoint from which the same command goes
-# on (pipeline/restarts.py ends jobs that are started again and again and get nowhere). A job that makes way for another
-# one may be ended too early for a 75. Where the controller itself ends or requeues this job, it is no longer RUNNING.
+# requeue_if_stopped STATUS PROGRAM ARGUMENT...: 75 says that a signal stopped the run, and that the same command goes on.
+# A job that makes way for another one may be ended too early for a 75. Where the controller itself ends or requeues this
+# job, it is no longer RUNNING. One that is stopped again and again before it has gained anything stays stopped.
 requeue_if_stopped() {
     if [[ $1 -eq 0 || $(squeue --noheader --jobs="$job" --format=%T) != RUNNING ]]; then
         return
     fi
     if [[ $1 -eq 75 ]] || scontrol show job "$job" | grep -q ' PreemptTime=[0-9]'; then
+        "$PYTHON" "$here/may_go_on.py" "$job" "${@:2}"
+        [[ $? -ne 2 ]] || return
         echo "job $job was stopped; it goes back into the queue and will go on from its newest checkpoint"
         scontrol requeue "$job" || echo "job $job may not be requeued: submit the same command again, it goes on" >&2
     fi

@@ -51,6 +51,20 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def output_and_name(path: Path | str, overrides: Sequence[str] = ()) -> tuple[str, str]:
+    """Of a recipe that :func:`load_recipe` takes, in a second: without the checks for which trl is imported.
+
+    Raises:
+        RecipeError: the file cannot be read, or has no name.
+    """
+    problems: list[Problem] = []
+    root = _with_overrides(_read_chain(Path(path), (), problems), overrides, problems)
+    name, output = root.child("name"), root.child("output")
+    if problems or name is None:
+        raise RecipeError(problems or [Problem(Place(Path(path)), "name", "missing")])
+    return str(Recipe.model_fields["output"].default if output is None else output.value), str(name.value)
+
+
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, every key written out; `load_recipe` of it gives an equal Recipe."""
     values = recipe.model_dump(mode="json")

@@ -90,6 +90,7 @@ def stopped_in_every_way(trainings: Trainings) -> None:
         stop()
         began = time.monotonic()
         cluster.wait(number, "PENDING", seconds=200)
+        cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=60")
         saved = sorted(int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("checkpoint-*"))
         cluster.wait(number, "RUNNING", seconds=200)
         again = time.monotonic()

@@ -2,6 +2,7 @@
 
 BEHAVIOUR   finish            ends well
             stop              waits for a signal and exits with 75, as ranks do that have agreed; ends well next time
+            stop at once    exits with 75 at every start
             killed            waits for a signal and exits with 143, as ranks do that could not agree; well next time
             crash             rank 0 exits with 1, the others as killed
 RECORDS     file, of JSON lines
@@ -43,6 +44,8 @@ if "output" in values:
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(behaviour)
 
+if behaviour == "stop at once":
+    sys.exit(75)
 if behaviour == "crash" and os.environ["RANK"] == "0":
     sys.exit(1)
 if behaviour == "finish" or again:

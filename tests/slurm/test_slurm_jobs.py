@@ -63,7 +63,7 @@ class Bench:
         behaviour: str,
         resources: Resources,
         after: str | None = None,
-        arguments: tuple[str, ...] = (),
+        arguments: tuple[str, ...] = ("a recipe.yaml",),
         variants: tuple[Variant, ...] | None = None,
         local_folder: str | None = None,
     ) -> None:
@@ -109,12 +109,16 @@ def played(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, repositor
     """All jobs; those with the stand-in have ended, one of the trainings is stopped."""
     folder = tmp_path_factory.mktemp("it's a %j $HOME")
     python = folder / "python"
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(STAND_IN))} "$@"\n')
+    real, stand_in = shlex.quote(sys.executable), shlex.quote(str(STAND_IN))
+    python.write_text(
+        f'#!/bin/sh\ncase $1 in */may_go_on.py) exec {real} "$@";; *) exec {real} {stand_in} "$@";; esac\n'
+    )
     python.chmod(0o755)
+    (folder / "a recipe.yaml").write_text("name: any")
     bench = Bench(cluster, folder, python)
     submit_trainings(bench, tmp_path_factory.mktemp("trainings"), repository)
     seeds = tuple(Variant(f"array-seed{seed}", (f"seed={seed}",)) for seed in range(2))
-    bench.submit("nasty", "finish", replace(TWO_NODES, tasks=2), arguments=NASTY)
+    bench.submit("nasty", "finish", replace(TWO_NODES, tasks=2), arguments=("a recipe.yaml", *NASTY))
     bench.submit("signalled", "stop", TWO_NODES)
     bench.submit("signalled-evaluation", "finish", ONE_NODE, after="signalled")
     bench.submit("requeued", "stop", ONE_NODE)
@@ -124,6 +128,7 @@ def played(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, repositor
     bench.submit("array", "stop", ONE_NODE, variants=seeds)
     bench.submit("array-evaluation", "finish", ONE_NODE, after="array", variants=seeds)
     bench.submit("limited", "stop", replace(ONE_NODE, time="2"))  # the controller's signal comes at its next look
+    bench.submit("hopeless", "stop at once", ONE_NODE)
     bench.submit("local", "stop", ONE_NODE, local_folder=str(folder / "node's disk"))
     numbers = bench.numbers
     first, second = tasks(numbers["array"], 2)
@@ -158,7 +163,7 @@ def test_words_reach_every_rank_as_they_were_written(played: Bench) -> None:
     assert [record["LOCAL_RANK"] for record in records] == ["0", "1", "0", "1"]
     assert {record["MASTER_ADDR"] for record in records} == {NODES[0]}
     for record in records:
-        assert told(record) == (*NASTY, "name=nasty")
+        assert told(record) == ("a recipe.yaml", *NASTY, "name=nasty")
         assert record["arguments"][0].endswith("/launch/sft.py")
         assert record["folder"] == str(played.folder)
         assert (record["WORLD_SIZE"], record["LOCAL_WORLD_SIZE"], record["HF_TOKEN"]) == ("4", "2", "hf_secret")
@@ -203,6 +208,14 @@ def test_a_failed_training_is_not_repeated_and_its_evaluation_is_cancelled(playe
     assert played.records(played.numbers["crashed-evaluation"]) == []
 
 
+def test_a_job_that_gets_nowhere_stays_stopped(played: Bench) -> None:
+    number = played.numbers["hopeless"]
+    job = played.cluster.job(number)
+    assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "3", "75:0")
+    said = (played.folder / "out puts" / "slurm" / f"hopeless-{number}.log").read_text()
+    assert "was started 3 times and left nothing newer than its recipe" in said
+
+
 def test_a_cancelled_job_stays_cancelled(played: Bench) -> None:
     job = played.cluster.job(played.numbers["cancelled"])
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
@@ -213,7 +226,9 @@ def test_each_task_of_an_array_is_a_run_of_its_own(played: Bench) -> None:
     trainings, evaluations = (tasks(played.numbers[name], 2) for name in ("array", "array-evaluation"))
     for seed, (training, evaluation) in enumerate(zip(trainings, evaluations, strict=True)):
         assert (cluster.job(training)["JobState"], cluster.job(training)["Restarts"]) == ("COMPLETED", "1")
-        assert [told(record) for record in played.records(training)] == [(f"name=array-seed{seed}", f"seed={seed}")] * 2
+        assert [told(record) for record in played.records(training)] == [
+            ("a recipe.yaml", f"name=array-seed{seed}", f"seed={seed}")
+        ] * 2
         assert cluster.job(evaluation)["JobState"] == "COMPLETED"
     assert cluster.job(evaluations[0])["StartTime"] < cluster.job(trainings[1])["EndTime"]  # each waits for its own
 
@@ -222,7 +237,7 @@ def test_output_on_the_nodes_disk_is_fetched_and_brought_back(played: Bench) -> 
     number = played.numbers["local"]
     first, second = sorted(played.records(number), key=lambda record: record["again"])
     assert not first["found"] and second["found"]  # the second start had only what the first had brought back
-    assert told(first) == ("name=local", f"output={played.folder}/node's disk/slurm-{number}")
+    assert told(first) == ("a recipe.yaml", "name=local", f"output={played.folder}/node's disk/slurm-{number}")
     kept = played.folder / "out puts" / "local"
     assert [file.name for file in kept.iterdir()] == ["kept"]
     assert list((played.folder / "node's disk").iterdir()) == []
