@@ -217,14 +217,8 @@ def print_result(found: dict[str, Any]) -> None:
     rounds, reference = conditions["rounds"], found["lines"][0]["steps"]["median"]
     grid = Table(box=None, pad_edge=False, header_style="dim")
     grid.add_column("training", no_wrap=True)
-    titles = (
-        "a step",
-        f"{EVERY} steps, {interval_name(rounds)}",
-        "processor time",
-        "a save",
-        "with / without it",
-        "bytes",
-    )
+    whole = f"{EVERY} steps, {interval_name(rounds)}"
+    titles = "a step", whole, "processor time", "a save", "logs etc.", "with / without them"
     for title in titles:
         grid.add_column(title, justify="right", no_wrap=True)
     for line in found["lines"]:
