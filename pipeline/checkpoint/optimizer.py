@@ -79,7 +79,12 @@ def restore_optimizer_states(optimizer: Any, parameters: dict[str, nn.Parameter]
             master.data.copy_(states[MASTER][name])
         found = {what: by_name[name] for what, by_name in states.items() if what != MASTER and name in by_name}
         if found:
-            holder.state[master] = {what: _as_held(what, tensor, master) for what, tensor in found.items()}
+            holder.state[master] = {
+                what: _counter_as_held(tensor, holder, master)
+                if what == "step"
+                else tensor.to(master.device, copy=True)
+                for what, tensor in found.items()
+            }
 
 
 def _sharded(optimizer: Any) -> bool:
@@ -123,9 +128,13 @@ def _masters(optimizer: Any, parameters: dict[str, nn.Parameter]) -> dict[str, t
     }
 
 
-def _as_held(what: str, tensor: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
-    """A copy where the optimizer expects it: its ``step`` stays on the CPU, as torch's optimizers keep it there."""
-    return tensor.clone() if what == "step" else tensor.to(master.device, copy=True)
+def _counter_as_held(value: torch.Tensor, holder: torch.optim.Optimizer, steps_on: torch.Tensor) -> torch.Tensor:
+    """A copy of a counter of steps where torch's optimizer expects it: on the CPU, but a fused one beside its weights.
+
+    The fused kernel on a GPU reads it there; ``torch.optim.Optimizer.load_state_dict`` makes the same difference.
+    """
+    beside = holder.defaults.get("fused") or holder.defaults.get("capturable")
+    return value.to(steps_on.device, copy=True) if beside else value.clone()
 
 
 # ZeRO ----------------------------------------------------------------------------------------------------------------
@@ -172,9 +181,10 @@ def _restore_sharded(optimizer: Any, parameters: dict[str, nn.Parameter], states
 
     counters = {what: next(iter(by_name.values())) for what, by_name in states.items() if _counts(by_name)}
     moments = [what for what in states if what != MASTER and what not in counters]
+    holder = _holder(optimizer)
     for flat in _flat_partitions(optimizer):
         held = {what: torch.zeros_like(flat) for what in moments}
-        _holder(optimizer).state[flat] = held | {what: value.clone() for what, value in counters.items()}
+        holder.state[flat] = held | {what: _counter_as_held(value, holder, flat) for what, value in counters.items()}
     if not _shards_weights(optimizer):
         # DeepSpeed links parameters to the moments after its first step only, for which there is no public call
         # (deepspeed 0.19.8); delete when safe_set_full_optimizer_state works on a fresh engine
