@@ -173,15 +173,22 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, damaged
 
 
-def delete_old(folder: Path, keep: int | None, best_step: int | None) -> None:
+def delete_old(folder: Path, step: int, keep: int | None, best_step: int | None) -> None:
     """Delete all but the newest checkpoints and the best one.
+
+    Those of later steps go, too: they were damaged when the run went on from an older one, and would be kept in place
+    of good ones.
 
     Args:
         folder: ``checkpoints/`` of the run.
+        step: of the checkpoint that has just been written.
         keep: how many of the newest stay; None, all.
         best_step: of the best by validation loss, which stays besides; None where there is none.
     """
-    for checkpoint in listed_checkpoints(folder)[keep:] if keep else []:
+    listed = listed_checkpoints(folder)
+    later = [checkpoint for checkpoint in listed if checkpoint.step > step]
+    old = listed[len(later) :][keep:] if keep else []
+    for checkpoint in (*later, *old):
         if checkpoint.step != best_step:
             remove(checkpoint.folder)
 

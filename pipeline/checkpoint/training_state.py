@@ -127,7 +127,7 @@ def _written(
         folder.mkdir(parents=True, exist_ok=True)
         check_space(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values())))
         write_checkpoint(folder, step, write_files)
-        delete_old(folder, trainer.args.save_total_limit, trainer.state.best_global_step)
+        delete_old(folder, step, trainer.args.save_total_limit, trainer.state.best_global_step)
     except (UserError, OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         return f"the checkpoint of step {step} could not be written: {error}\n{_kept(folder)}"
     return None

@@ -119,13 +119,22 @@ def test_foreign_folders_are_no_checkpoints(tmp_path: Path) -> None:
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
         write_checkpoint(tmp_path, step, fill)
-    delete_old(tmp_path, keep=None, best_step=4)
+    delete_old(tmp_path, step=10, keep=None, best_step=4)
     assert steps(tmp_path) == [10, 8, 6, 4, 2]
-    delete_old(tmp_path, keep=2, best_step=4)
+    delete_old(tmp_path, step=10, keep=2, best_step=4)
     assert steps(tmp_path) == [10, 8, 4]
-    delete_old(tmp_path, keep=2, best_step=None)
+    delete_old(tmp_path, step=10, keep=2, best_step=None)
     assert steps(tmp_path) == [10, 8]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_damaged_newer_one_is_not_kept_in_place_of_a_good_one(tmp_path: Path) -> None:
+    for step in (2, 6):
+        write_checkpoint(tmp_path, step, fill)
+    (tmp_path / "checkpoint-6" / "manifest.json").unlink()
+    write_checkpoint(tmp_path, 4, fill)  # the run has gone on from step 2
+    delete_old(tmp_path, step=4, keep=1, best_step=None)
+    assert steps(tmp_path) == [4]
 
 
 def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
