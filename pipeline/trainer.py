@@ -338,6 +338,7 @@ class LoraDropoutTrainer(SFTTrainer):
             unlink_shared_buffers()
             take_back_first_step(self.inner_optimizer)
         if resume_from_checkpoint is not None:
+            self.args.eval_on_start = False  # it was measured when the run began
             restore_training_state(self, Path(resume_from_checkpoint))
             best = checkpoint_folder(Path(self._folder), self.state.best_global_step or 0)
             self.state.best_model_checkpoint = str(best) if best.exists() else None
@@ -358,6 +359,23 @@ class LoraDropoutTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         restore_weights(self.adapted, Path(self.state.best_model_checkpoint))
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """transformers', whose answer orders a checkpoint where ``save_strategy`` is best; a signal's order stands."""
+        ordered = self.control.should_save
+        best = super()._determine_best_metric(*args, **kwargs)
+        return (best or ordered) and not self.guard.streak
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers', but for its deletion of all checkpoints except the best one where ``save_total_limit`` is 1.
+
+        A run that a signal stopped goes on from the newest, which is not the best; and ours are deleted otherwise.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     # Measuring --------------------------------------------------------------------------------------------------------
 

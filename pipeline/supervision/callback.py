@@ -88,6 +88,8 @@ class SupervisionCallback(TrainerCallback):
         if self.stopped and state.epoch != int(state.epoch):
             # the uninterrupted run measures nothing here, and saves nothing more
             control.should_evaluate = control.should_save = control.should_log = False
+        elif self.stopped and control.should_evaluate:
+            control.should_save = True  # once more: the run that goes on measures this epoch's end no more
         self._keep_last_good(control)
         self._evaluation_began = time.monotonic()
         self.supervisor.pulse.progress()

@@ -199,3 +199,4 @@ def test_the_best_checkpoint_is_kept_and_loaded(work: Path) -> None:
     assert best < 6
     kept = folder / "checkpoints" / f"checkpoint-{best}"
     assert weights(kept) == weights(folder)
+    assert (kept.parent / "checkpoint-6").is_dir()  # the newest, from which a run that was stopped goes on
