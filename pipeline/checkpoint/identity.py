@@ -43,6 +43,9 @@ FREE_TRAINING = (
 FREE_PREFIXES = ("save_", "log_", "logging_", "report_to", "trackio_", "dataloader_", "include_tokens_per_second")
 """Fields of ``training`` that leave every weight of the run as it is."""
 
+NOT_FREE = "dataloader_drop_last"
+"""Begins like them, and leaves out rows."""
+
 
 def identity_of(recipe: Recipe, splits: Splits, rows_per_step: int) -> dict[str, Any]:
     """Of a run: dotted key of the recipe -> value, and fingerprints of what its paths lead to.
@@ -67,7 +70,7 @@ def significant_keys(recipe: Recipe) -> dict[str, Any]:
     training = {
         name: value
         for name, value in resolved_training(recipe).items()
-        if name not in FREE_TRAINING and not name.startswith(FREE_PREFIXES)
+        if name == NOT_FREE or (name not in FREE_TRAINING and not name.startswith(FREE_PREFIXES))
     }
     keys = _flat({**sections, "training": training})
     return {key: value for key, value in keys.items() if key not in FREE_KEYS and not _is_place(key)}
