@@ -151,7 +151,7 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
         trainer.add_callback(RunObserver(status))
         supervision = SupervisionCallback(supervisor, guard)
         trainer.add_callback(supervision)  # last
-        _announce(trainer, splits, choice, told(origin, checkpoint))
+        _announce(trainer, splits, choice, told(checkpoint, trainer.progress()))
         with supervisor.watch.deferring():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if supervision.stopped:

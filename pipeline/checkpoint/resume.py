@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _source(resume: str, folder: Path) -> Path | None:
         return None
     if resume == AUTO:
         return folder / CHECKPOINTS_FOLDER
-    given = Path(resume).expanduser()
+    given = Path(os.path.expanduser(resume))
     return given / CHECKPOINTS_FOLDER if (given / CHECKPOINTS_FOLDER).is_dir() else given
 
 
@@ -201,18 +202,31 @@ def _newest_of(source: Path) -> tuple[str | None, str | None]:
     return str(checkpoint.folder), None
 
 
-def told(origin: Origin, checkpoint: Path | None) -> str | None:
-    """What goes on from where, and how exactly, in words; None where the run begins anew."""
-    if checkpoint is None or origin.progress is None:
+def told(checkpoint: Path | None, now: Progress) -> str | None:
+    """What goes on from where, and how exactly, in words; None where the run begins anew.
+
+    Args:
+        checkpoint: of :func:`whole_checkpoint`.
+        now: of the trainer that goes on; its step and tokens do not count.
+    """
+    if checkpoint is None:
         return None
-    step, before, now = read_progress(checkpoint).step, origin.progress.ranks, world_size()
-    start = f"going on from {checkpoint} (step {step})"
-    if before == now:
+    before = read_progress(checkpoint)
+    start = f"going on from {checkpoint} (step {before.step})"
+    if replace(now, step=before.step, tokens=before.tokens) == before:
         return f"{start}, as if nothing had happened"
     return (
-        f"{start} on {now} process(es) in place of {before}, with {origin.progress.rows_per_step} rows in each "
-        f"optimizer step as before ({origin.accumulation} accumulation): losses agree to rounding, not to the bit. "
-        "Masks with sampling `example` are the same; those with `instance` are where number and size of the "
-        "micro-batches stay. At the end of an epoch that the rows of a step do not divide, other rows fill up the last "
-        "step. peft's own dropout and NEFTune draw anew."
+        f"{start} on {_shape(now)} in place of {_shape(before)}, with {before.rows_per_step} rows in each step as "
+        "before: losses agree to rounding, not to the bit. Masks with sampling `example` are the same; those with "
+        "`instance` are where number and size of the micro-batches stay. On another number of processes, other rows "
+        "fill up the last step of an epoch that the rows of a step do not divide, and peft's own dropout and NEFTune "
+        "draw anew."
+    )
+
+
+def _shape(progress: Progress) -> str:
+    """What the bits of a sum depend on, in words."""
+    return (
+        f"{progress.ranks} process(es) x {progress.micro_batch} rows x {progress.accumulation} accumulation "
+        f"({progress.execution}, ZeRO {progress.zero})"
     )
