@@ -12,7 +12,6 @@ not been used for 30 days are deleted when a new one is written; all may be dele
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import socket
@@ -32,6 +31,7 @@ from pipeline.data.splits import Splits, load_splits
 from pipeline.errors import UserError
 from pipeline.processes import is_main
 from pipeline.recipe import Recipe
+from pipeline.run_lock import NO_LOCKS
 
 VARIABLE = "LORA_DROPOUT_CACHE"
 ROWS, LOCK, PROBLEM = "rows", "lock", "problem"
@@ -42,8 +42,6 @@ HEAD_START = 10.0
 """Seconds that other processes hold a mistake in the data back: the first finds it too, and tells it in full."""
 UNUSED = 30 * 24 * 3600.0
 """Seconds after which an entry that nobody used is deleted."""
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What file systems answer that are mounted without locks, some Lustre and NFS."""
 
 
 def cache_folder() -> Path:
