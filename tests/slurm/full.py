@@ -72,7 +72,7 @@ def stopped_in_every_way(trainings: Trainings) -> None:
     run = trainings.run("stopped")
 
     def urgent() -> None:
-        command = ("sbatch", "--partition=urgent", "--nodes=2", "--ntasks-per-node=60", "--output=/dev/null")
+        command = ("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
         cluster.run(*command, "--wrap=sleep 2")
 
     def limit() -> None:
