@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.files import listed_checkpoints
 from pipeline.errors import UserError
-from pipeline.json_file import write_json
+from pipeline.whole_file import write_json
 
 FRUITLESS_STOPS = 3
 """In a row, after which a job stays stopped. One may hit the start, or two."""
@@ -33,7 +33,7 @@ def check_gain(job: str, run: Path, evaluations: Path) -> None:
     fruitless = 0 if gained else before["fruitless"] + 1
     if fruitless >= FRUITLESS_STOPS:
         raise UserError(
-            f"{run}: job {job} was started {fruitless} times and left nothing newer than {_in_words(reached)}; "
+            f"{run}: job {job} was started again {fruitless} times and left nothing newer than {_in_words(reached)}; "
             "it does not go back into the queue.\n"
             "See above what stops it: a time limit too short for the start and a step, or preemption. "
             "The same command, submitted anew, goes on."

@@ -7,6 +7,7 @@ their state in memory. Ours is in the checkpoint, and the same command goes on f
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -239,7 +240,7 @@ def jobs(
         raise UserError("--evaluate separate: the recipe has no eval.tasks to evaluate on; name some, or leave it out.")
     name = recipe.name + ("" if not runs[0].overrides else "-seeds" if not sweeps else "-sweep")
     arguments = (str(recipe_file), *overrides)
-    output = str(Path(recipe.output).expanduser())
+    output = str(Path(os.path.expanduser(recipe.output)))
     trained = arguments if evaluate == "same" else ("--no-eval", *arguments)
     title = f"{recipe.name}: training" + (", then evaluation" if evaluate == "same" and recipe.eval.tasks else "")
     found = [Job(title, name, "launch/sft.py", trained, runs, resources, Path.cwd(), output, local_folder)]

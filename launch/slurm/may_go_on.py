@@ -5,6 +5,7 @@ python launch/slurm/may_go_on.py JOB launch/sft.py [--option ...] RECIPE [key=va
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def main() -> None:
         overrides = [word for word in words if "=" in word and not word.startswith("-")]
         recipe = next(word for word in words if word not in overrides and not word.startswith("-"))
         output, name = output_and_name(recipe, overrides)
-        check_gain(job, Path(output).expanduser() / name, Path("eval/outputs") / name)
+        check_gain(job, Path(os.path.expanduser(output)) / name, Path("eval/outputs") / name)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def stops(folder: Path, count: int, job: str = "7") -> None:
 
 def test_the_fourth_stop_without_a_gain_is_the_last(tmp_path: Path) -> None:
     stops(tmp_path, 3)
-    with pytest.raises(UserError, match=r"job 7 was started 3 times and left nothing newer than its recipe"):
+    with pytest.raises(UserError, match=r"job 7 was started again 3 times and left nothing newer than its recipe"):
         stops(tmp_path, 1)
     stops(tmp_path, 3, job="8")  # submitted anew
 
@@ -55,4 +55,4 @@ def test_the_program_that_job_scripts_ask(repository: Path, tmp_path: Path) -> N
     for _ in range(3):
         assert subprocess.run(command, cwd=tmp_path).returncode == 0
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "error: out/my: job 5_1 was started 3 times" in done.stderr
+    assert done.returncode == 2 and "error: out/my: job 5_1 was started again 3 times" in done.stderr

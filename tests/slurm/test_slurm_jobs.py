@@ -213,7 +213,7 @@ def test_a_job_that_gets_nowhere_stays_stopped(played: Bench) -> None:
     job = played.cluster.job(number)
     assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "3", "75:0")
     said = (played.folder / "out puts" / "slurm" / f"hopeless-{number}.log").read_text()
-    assert "was started 3 times and left nothing newer than its recipe" in said
+    assert "was started again 3 times and left nothing newer than its recipe" in said
 
 
 def test_a_cancelled_job_stays_cancelled(played: Bench) -> None:
