@@ -113,7 +113,7 @@ def benchmark(
     from pipeline.benchmark.run import Settings
     from pipeline.benchmark.run import benchmark as run
     from pipeline.benchmark.show import draw, print_result
-    from pipeline.json_file import write_json
+    from pipeline.whole_file import write_json
 
     disable_progress_bar()
     if level == "evaluation":

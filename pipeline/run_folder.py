@@ -19,9 +19,9 @@ from typing import Any
 
 from pipeline.checkpoint.files import listed_checkpoints, remove
 from pipeline.errors import UserError
-from pipeline.json_file import write_json
 from pipeline.recipe import Recipe, recipe_to_yaml
 from pipeline.recipe.training import own_training
+from pipeline.whole_file import write_json, write_text
 
 HISTORY_FILE = "history.jsonl"
 RECIPE_FILE = "recipe.yaml"
@@ -40,7 +40,7 @@ RUN_FILES = frozenset(
 
 def run_folder(recipe: Recipe) -> Path:
     """Where a recipe's training run is written."""
-    return Path(recipe.output).expanduser() / recipe.name
+    return Path(os.path.expanduser(recipe.output)) / recipe.name
 
 
 def check_writable(key: str, folder: Path) -> None:
@@ -54,7 +54,7 @@ def check_writable(key: str, folder: Path) -> None:
         UserError: names the folder that takes no file, and the system's reason.
     """
     asked = place = folder.absolute()
-    if folder.is_symlink() and not folder.exists():
+    if os.path.islink(folder) and not os.path.exists(folder):
         raise UserError(f"{key}: {folder} is a link to {os.readlink(folder)}, where nothing is.\nMake or mend it.")
     try:
         while not place.exists():
@@ -163,18 +163,16 @@ def create_run_folder(recipe: Recipe, identity: dict[str, Any]) -> Path:
         remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / IDENTITY_FILE, identity)  # first: a folder with it is a run's
-    (folder / RECIPE_FILE).write_text(recipe_to_yaml(recipe))
+    write_text(folder / RECIPE_FILE, recipe_to_yaml(recipe))
     return folder
 
 
 def continue_run_folder(recipe: Recipe, step: int) -> None:
     """Get a folder ready to go on after a step: the history ends there, and the recipe says how it goes on."""
     folder = run_folder(recipe)
-    (folder / RECIPE_FILE).write_text(recipe_to_yaml(recipe))
+    write_text(folder / RECIPE_FILE, recipe_to_yaml(recipe))
     kept = [record for record in read_history(folder) if record["step"] <= step]
-    part = folder / f"{HISTORY_FILE}.part"
-    part.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    part.replace(folder / HISTORY_FILE)
+    write_text(folder / HISTORY_FILE, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

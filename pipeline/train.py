@@ -6,13 +6,12 @@ import errno
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors import SafetensorError
@@ -31,7 +30,6 @@ from pipeline.distributed import adapter_weights, check_launch, zero_stage
 from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.exit_status import FINISHED
-from pipeline.json_file import write_json
 from pipeline.lora_dropout import LoraDropout
 from pipeline.model_card import write_model_card
 from pipeline.nodes import check_same_everywhere, told_to_other_nodes
@@ -62,6 +60,7 @@ from pipeline.supervision.bad_steps import StepGuard
 from pipeline.supervision.callback import SupervisionCallback
 from pipeline.supervision.supervisor import supervised
 from pipeline.trainer import LoraDropoutTrainer
+from pipeline.whole_file import write_json
 
 
 def train(recipe: Recipe, overwrite: bool = False, evaluated: bool = False) -> Path:
@@ -82,18 +81,26 @@ def train(recipe: Recipe, overwrite: bool = False, evaluated: bool = False) -> P
         Interrupted: a signal, once the checkpoint is written.
         LostRank: another rank failed first.
     """
-    with only_run(run_folder(recipe)), _memory_advice(recipe), _disk_advice(recipe):
-        return _trained(recipe, overwrite, evaluated)
+    with ExitStack() as held, _memory_advice(recipe), _disk_advice(recipe):
+        return _trained(recipe, overwrite, evaluated, held)
 
 
-def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
-    """The stages of :func:`train`, in order."""
+def _trained(recipe: Recipe, overwrite: bool, evaluated: bool, held: ExitStack) -> Path:
+    """The stages of :func:`train`, in order.
+
+    Args:
+        recipe: as there.
+        overwrite: as there.
+        evaluated: as there.
+        held: keeps the lock on the run's folder until the end.
+    """
     check_launch(recipe)
     check_optimizer(recipe)
     check_device(recipe.base)
     folder = run_folder(recipe)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
     with told_to_other_nodes(join=lambda: sft_config(recipe, folder)):
+        held.enter_context(only_run(folder))
         if is_main():  # on other nodes another folder may bear its name
             check_run_folder(recipe, overwrite)
         config = load_config(recipe.base, zero_stage(recipe))
@@ -122,12 +129,7 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
     model = load_base(recipe.base)
     checkpoint = whole_checkpoint(origin)
     before = None if overwrite else read_status(folder)
-    if is_main():
-        if checkpoint is None or checkpoint.parent.parent != folder:
-            create_run_folder(recipe, origin.identity)
-        else:
-            continue_run_folder(recipe, read_progress(checkpoint).step)
-    PartialState().wait_for_everyone()
+    _prepare_folder(recipe, origin, checkpoint)
     status = RunStatus(folder, recipe.supervision.heartbeat_seconds, goes_on=evaluated, before=before)
     watched = supervised(folder, recipe.supervision, [status.beat])
     with rank_log(folder), watched as supervisor, _memory_advice(recipe), _disk_advice(recipe):
@@ -156,6 +158,7 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool) -> Path:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if supervision.stopped:
                 raise supervisor.watch.interrupted()
+            _warn_without_best(trainer)
             _write_results(trainer, recipe, {**record, "finished": now()}, folder)
         if supervisor.watch.stop is not None:
             supervisor.watch.kept = f"after training; the adapter is in {folder}, and the same command evaluates it"
@@ -202,11 +205,34 @@ def _disk_advice(recipe: Recipe) -> Iterator[None]:
         raise
 
 
+def _prepare_folder(recipe: Recipe, origin: Origin, checkpoint: Path | None) -> None:
+    """Begin the run's folder anew, or get it ready to go on; rank 0, while the others wait.
+
+    Raises:
+        UserError: on every rank: it cannot be written.
+    """
+    problem: list[str | None] = [None]
+    if is_main():
+        try:
+            if checkpoint is None or checkpoint.parent.parent != run_folder(recipe):
+                create_run_folder(recipe, origin.identity)
+            else:
+                continue_run_folder(recipe, read_progress(checkpoint).step)
+        except UserError as error:
+            problem = [str(error)]
+        except OSError as error:
+            problem = [f"output: {run_folder(recipe)} cannot be written: {error}"]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(problem[0])
+
+
 def _execution(recipe: Recipe, origin: Origin, choice: Choice) -> Choice:
     """How instances run: a run that goes on keeps what was chosen when it began, since the sums differ in last bits."""
     if origin.progress is None or recipe.adapter.dropout.execution != "auto":
         return choice
-    return replace(choice, execution=origin.progress.execution)
+    execution = origin.progress.execution
+    return replace(choice, execution=execution, reason=f"{execution}, as when the run began")
 
 
 def _tokens_per_row(splits: Splits) -> float:
@@ -258,6 +284,15 @@ def masked_layers_in_words(dropout: LoraDropout | None) -> str:
     each = f"rate {rates[0]:g}" if len(set(rates)) == 1 else f"rates {min(rates):g} to {max(rates):g}"
     start = "" if dropout.rates.initial is None else f", from {dropout.rates.initial:g} at the first step"
     return f"LoRA Dropout on {masked}{some} layers, {each}{start}"
+
+
+def _warn_without_best(trainer: LoraDropoutTrainer) -> None:
+    """Say so where the best step's weights were asked for, and it has no checkpoint."""
+    if is_main() and trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
+        print(
+            f"warning: training.load_best_model_at_end: step {trainer.state.best_global_step} was the best, and no "
+            "checkpoint of it was saved: the adapter has the weights of the last step"
+        )
 
 
 def _write_results(trainer: LoraDropoutTrainer, recipe: Recipe, record: dict[str, Any], folder: Path) -> None:

@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from pipeline.adapter.adalora import RankAllocation, orthogonality_loss
 from pipeline.adapter.config import lora_config
 from pipeline.adapter.dropout import recipe_dropout
-from pipeline.checkpoint.files import checkpoint_folder
+from pipeline.checkpoint.files import checkpoint_folder, problem_of
 from pipeline.checkpoint.timing import SaveAfterEvaluation
 from pipeline.checkpoint.training_state import (
     Progress,
@@ -41,6 +41,7 @@ from pipeline.distributed import (
     unlink_shared_buffers,
     zero_stage,
 )
+from pipeline.errors import UserError
 from pipeline.lora_dropout import example_coordinates, instance_coordinates
 from pipeline.observation.observer import log_checkpoint
 from pipeline.observation.step_norms import StepNorms
@@ -358,7 +359,14 @@ class LoraDropoutTrainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        restore_weights(self.adapted, Path(self.state.best_model_checkpoint))
+        best = Path(self.state.best_model_checkpoint)
+        problem = problem_of(best)
+        if problem is not None:
+            raise UserError(
+                f"training.load_best_model_at_end: {best} is damaged: {problem}.\n"
+                "The same command with training.load_best_model_at_end=false writes the weights of the last step."
+            )
+        restore_weights(self.adapted, best)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """transformers', whose answer orders a checkpoint where ``save_strategy`` is best; a signal's order stands."""

@@ -18,7 +18,6 @@ FREE_KEYS = (
     "base.tokenizer",
     "base.revision",
     "data.validation.source.path",
-    "distributed.communication_log",
 )
 """Names and places, where what lies there is compared by content; and what only measures."""
 

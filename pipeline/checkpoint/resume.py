@@ -169,7 +169,10 @@ def whole_checkpoint(origin: Origin) -> Path | None:
     """
     found: list[Any] = [None, None]  # checkpoint, error
     if is_main() and origin.source is not None:
-        found = list(_newest_of(origin.source))
+        try:
+            found = list(_newest_of(origin.source))
+        except OSError as failure:
+            found = [None, f"{origin.source}: cannot be read: {failure}"]
     broadcast_object_list(found)
     checkpoint, error = found
     if error is not None:

@@ -108,12 +108,8 @@ def test_foreign_folders_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").touch()
     (tmp_path / "checkpoint-4").mkdir()  # transformers' own, for instance
     assert steps(tmp_path) == [4]
-    assert newest_whole(tmp_path) == (
-        None,
-        [
-            f"{tmp_path / 'checkpoint-4'}: cannot be read (no manifest.json: incomplete, or not written by this project)",
-        ],
-    )
+    problem = "cannot be read (no manifest.json: incomplete, or not written by this project)"
+    assert newest_whole(tmp_path) == (None, [f"{tmp_path / 'checkpoint-4'}: {problem}"])
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:

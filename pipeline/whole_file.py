@@ -1,4 +1,4 @@
-"""Small JSON files, written whole or not at all."""
+"""Small files, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json(file: Path, content: Any) -> None:
+def write_text(file: Path, text: str) -> None:
     """Write aside, synchronise, rename: whoever reads, or is killed, finds the old file or the new one."""
     temporary = file.with_name(file.name + ".part")
     with temporary.open("w") as opened:
-        opened.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        opened.write(text)
         opened.flush()
         os.fsync(opened.fileno())
     temporary.replace(file)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """:func:`write_text` of JSON."""
+    write_text(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
