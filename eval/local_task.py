@@ -105,7 +105,7 @@ class LocalTask(ConfigurableTask):
                 f"{self.task_name}: no data folder: set eval.data_folder in the recipe, or the environment variable "
                 f"{FOLDER_VARIABLE}. The task reads {self._origin}."
             )
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
         if not folder.is_dir():
             where = "eval.data_folder" if given else FOLDER_VARIABLE
             raise UserError(f"{self.task_name}: {where} is {name!r}, which is no folder (looked from {Path.cwd()})")

@@ -7,6 +7,7 @@ model writes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def configurations_of(name: str, manager: TaskManager, above: tuple[str, ...]) -
     """The files of a task, or of all tasks of a group or tag, with their functions left unresolved."""
     entry = manager.task_index.get(name)
     if entry is None:
-        file = Path(name).expanduser()
+        file = Path(os.path.expanduser(name))
         found = load_yaml(file, resolve_func=False) if file.is_file() else {}
     elif entry.cfg is None:
         found = {"task": sorted(entry.tags)}  # a tag

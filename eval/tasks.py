@@ -8,6 +8,7 @@ a task file names with ``!function`` runs when the task is loaded.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from eval.prompt import TrainingPrompt
 from eval.task_code import check_task_code
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, schema
+from pipeline.recipe.problems import shortened
 
 OUR_TASKS = Path(__file__).with_name("tasks")
 MEMBER = "::"
@@ -88,11 +90,13 @@ def task_manager(section: schema.Eval) -> TaskManager:
     """
     folders = [OUR_TASKS, *(Path(folder) for folder in section.task_folders)]
     for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"eval.task_folders: found {str(folder)!r}, which is no folder (looked from {Path.cwd()})")
-    missing = [name for name in section.tasks if _is_yaml(name) and not Path(name).expanduser().is_file()]
+        if not os.path.isdir(folder):
+            raise UserError(
+                f"eval.task_folders: found {shortened(str(folder))!r}, which is no folder (looked from {Path.cwd()})"
+            )
+    missing = [name for name in section.tasks if _is_yaml(name) and not os.path.isfile(os.path.expanduser(name))]
     if missing:
-        raise UserError(f"eval.tasks: found {missing[0]!r}, which is no file (looked from {Path.cwd()})")
+        raise UserError(f"eval.tasks: found {shortened(missing[0])!r}, which is no file (looked from {Path.cwd()})")
     metadata = {"data_folder": section.data_folder} if section.data_folder else {}
     manager = _indexed(folders, metadata, include_defaults=False)
     if _unknown(section.tasks, manager):
@@ -104,10 +108,12 @@ def task_manager(section: schema.Eval) -> TaskManager:
 
 
 def _indexed(folders: list[Path], metadata: dict[str, str], include_defaults: bool) -> TaskManager:
-    with quiet("lm_eval.tasks"):
-        return TaskManager(
-            include_path=[str(folder) for folder in folders], include_defaults=include_defaults, metadata=metadata
-        )
+    paths = [str(folder) for folder in folders]
+    try:
+        with quiet("lm_eval.tasks"):
+            return TaskManager(include_path=paths, include_defaults=include_defaults, metadata=metadata)
+    except OSError as error:
+        raise UserError(f"eval.task_folders: cannot be searched for task files: {error}") from error
 
 
 def _unknown(names: Sequence[str], manager: TaskManager) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from pipeline.errors import UserError
+from pipeline.recipe.problems import shortened
 
 PICKLES = (
     "A pickle can run code when it is read, so none is. Take a model in safetensors, or convert this one where you "
@@ -38,9 +40,9 @@ def looks_like_path(name: str) -> bool:
 
 def check_local(name: str, key: str) -> None:
     """Raise ``UserError`` for a name that can only be a local path and does not exist."""
-    if looks_like_path(name) and not Path(name).expanduser().exists():
+    if looks_like_path(name) and not os.path.exists(os.path.expanduser(name)):
         raise UserError(
-            f"{key}: found {name!r}, which does not exist (looked from {Path.cwd()}).\n"
+            f"{key}: found {shortened(name)!r}, which does not exist (looked from {Path.cwd()}).\n"
             "Expected a file or folder; give its path from the working directory, or an absolute one."
         )
 

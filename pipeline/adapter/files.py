@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -152,9 +153,9 @@ def adapter_rank(config: Mapping[str, Any]) -> int:
 
 def check_adapter_folder(folder: Path) -> None:
     """Raise ``UserError`` unless the folder holds a peft adapter."""
-    if not (folder / CONFIG_FILE).exists():
+    if not os.path.exists(folder / CONFIG_FILE):
         _refuse_export(folder)
-        found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        found = ", ".join(sorted(os.listdir(folder))[:8]) if os.path.isdir(folder) else "no such folder"
         raise UserError(
             f"{folder}: no adapter here (found: {found or 'an empty folder'}).\n"
             f"Expected {CONFIG_FILE} and {WEIGHTS_FILE}: train first with launch/sft.py, or give the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import platform
 import tempfile
 from importlib.metadata import version
@@ -58,7 +59,7 @@ def source_contents(source: schema.Source, key: str) -> list[str]:
         UserError: not found, not readable, or no file of a known kind.
     """
     check_local(source.path, f"{key}.path")
-    path = Path(source.path).expanduser()
+    path = Path(os.path.expanduser(source.path))
     if path.exists():
         try:
             return [f"{file.suffix} {sha256_of(file)}" for file in data_files(path, key)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import datasets
 import pyarrow
+from datasets.utils.extract import Extractor
 
 from pipeline.data.prompts import OPTIONAL_COLUMNS, PromptTemplate
 from pipeline.errors import UserError
@@ -107,15 +109,22 @@ def _check_columns(
 def read_raw(source: schema.Source, key: str) -> datasets.Dataset:
     """The source's own rows: a json, jsonl or parquet file, a folder of them, or a Hub dataset."""
     check_local(source.path, f"{key}.path")
-    path = Path(source.path).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(source.path))
+    if not os.path.exists(path):
         if source.path in READERS:
             raise UserError(f"{key}.path: found {source.path!r}, expected a file, a folder, or a data set of the Hub")
-        with hub_errors(source.path, f"{key}.path"):
-            return datasets.load_dataset(source.path, name=source.subset, split=source.split)
+        try:
+            with hub_errors(source.path, f"{key}.path"):
+                return datasets.load_dataset(source.path, name=source.subset, split=source.split)
+        except UNREADABLE as error:
+            raise UserError(f"{key}.path: {source.path!r} cannot be read: {_first_line(error)}") from error
     files = data_files(path, key)
     if len({LOADERS[file.suffix] for file in files}) > 1:
         raise UserError(f"{key}.path: {source.path!r} mixes json and parquet files; list them as two sources")
+    for file in files:
+        packed = Extractor.infer_extractor_format(file)
+        if packed:  # datasets would unpack it into its cache, however large it gets
+            raise UserError(f"{key}.path: {file} is no {file.suffix} file, but {packed}: unpack it")
     try:
         return datasets.load_dataset(LOADERS[files[0].suffix], data_files=[str(file) for file in files], split="train")
     except datasets.exceptions.DatasetGenerationError as error:
@@ -143,7 +152,7 @@ def data_files(path: Path, key: str) -> list[Path]:
     Raises:
         UserError: there are none that can be read.
     """
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in LOADERS)
+    files = [path] if not path.is_dir() else sorted(file for file in path.iterdir() if file.suffix in LOADERS)
     if not files or files[0].suffix not in LOADERS:
         raise UserError(f"{key}.path: {path} is no {', '.join(LOADERS)} file, nor a folder that holds one")
     return files

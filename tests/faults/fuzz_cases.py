@@ -47,7 +47,7 @@ NASTY = (
         "/dev/zero",
         "/dev/null",
         "/proc/self/mem",
-        "~nobody/x",
+        "~nosuchuser/x",
         ".",
         "/",
         "\\\\host\\x",
