@@ -14,10 +14,13 @@ import psutil
 
 from pipeline.processes import launched
 
+NODE_LAUNCHER = "deepspeed.launcher.launch"
+"""Started by the ``deepspeed`` command on each node; starts the ranks there."""
+
 COMMANDS = {"deepspeed", "ds", "torchrun", "accelerate", "accelerate-launch"}
 MODULES = {
     "deepspeed.launcher.runner",
-    "deepspeed.launcher.launch",
+    NODE_LAUNCHER,
     "torch.distributed.run",
     "torch.distributed.launch",
     "accelerate.commands.launch",
@@ -62,8 +65,15 @@ def launchers() -> list[psutil.Process]:
 
 
 def orphaned() -> bool:
-    """Whether the launcher was gone before this process could look."""
-    return launched() and os.getppid() == 1 and not launchers() and any(mark in os.environ for mark in MARKS)
+    """Whether a launcher was gone before this process could look: importing takes it seconds."""
+    above = launchers()
+    if not above:
+        return launched() and os.getppid() == 1 and any(mark in os.environ for mark in MARKS)
+    try:
+        # deepspeed's second launcher, whose command is gone; on further nodes a shell or an sshd stands above it
+        return NODE_LAUNCHER in above[-1].cmdline() and above[-1].ppid() == 1
+    except psutil.Error:  # gone as well, by now
+        return True
 
 
 def is_gone(process: psutil.Process) -> bool:

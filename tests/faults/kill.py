@@ -141,10 +141,10 @@ def kill_at(attempt: Attempt, watch: Watch, moment: Moment, reference: Reference
     if attempt.process.poll() is not None:
         return None
     seconds = time.monotonic() - attempt.started
-    attempt.kill(moment.what)
+    hit = attempt.kill(moment.what)
     inside = sorted(path.name for path in (watch.folder / "checkpoints").glob(".checkpoint-*"))
     step = max((step for step, _ in trajectory(watch.folder)[0]), default=0)
-    return f"{moment.what} {moment} ({seconds:.1f} s, step {step}{', ' + ' '.join(inside) if inside else ''})"
+    return f"{hit} {moment} ({seconds:.1f} s, step {step}{', ' + ' '.join(inside) if inside else ''})"
 
 
 def ended(attempt: Attempt) -> int | None:

@@ -151,24 +151,27 @@ class Attempt:
                 found[int(rank)] = process
         return found
 
-    def kill(self, what: str) -> list[int]:
-        """SIGKILL; ``launcher``, ``node launcher`` (deepspeed's second process), ``all ranks`` or ``rank <r>``."""
+    def kill(self, what: str) -> str:
+        """SIGKILL; ``launcher``, ``node launcher`` (deepspeed's second process), ``all ranks`` or ``rank <r>``.
+
+        Returns:
+            What was hit: the launcher where no rank runs yet, all ranks where that one does not.
+        """
         ranks = self.ranks()
-        if what == "launcher" or not ranks:  # nothing else is there yet
-            hit = [psutil.Process(self.process.pid)]
+        if what == "launcher" or not ranks:
+            what, hit = "launcher", [psutil.Process(self.process.pid)]
         elif what == "node launcher":
             hit = [parent for parent in [next(iter(ranks.values())).parent()] if parent is not None]
-        elif what == "all ranks":
-            hit = list(ranks.values())
+        elif what == "all ranks" or int(what.removeprefix("rank ")) not in ranks:
+            what, hit = "all ranks", list(ranks.values())
         else:
-            rank = int(what.removeprefix("rank "))
-            hit = [ranks[rank]] if rank in ranks else list(ranks.values())
+            hit = [ranks[int(what.removeprefix("rank "))]]
         for process in hit:
             try:
                 process.send_signal(signal.SIGKILL)
             except psutil.NoSuchProcess:
                 continue
-        return [process.pid for process in hit]
+        return what
 
     def gone_after(self, patience: float) -> float | None:
         """Seconds until the last process of this start is gone; None if that takes longer, and then they are ended."""
