@@ -50,7 +50,10 @@ def git_state() -> dict[str, object] | None:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            ["git", "--no-optional-locks", "-C", str(root), *arguments],  # else `status` writes its index
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
 
     try:
