@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 from hypothesis import strategies as st
 
+from pipeline.recipe.json_schema import Schema, arms, choices
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 Edit: TypeAlias = tuple[str, float, Any]
 """What to do, where (0 the beginning, 1 the end), and with what."""
@@ -180,3 +182,20 @@ def _entries(tree: Any) -> list[tuple[Any, Any]]:
     """Every (mapping, key) and (list, index) in a tree."""
     keys = list(tree) if isinstance(tree, dict) else list(range(len(tree))) if isinstance(tree, list) else []
     return [entry for key in keys for entry in [(tree, key), *_entries(tree[key])]]
+
+
+def fitting(schema: Schema) -> st.SearchStrategy[Any]:
+    """Values of a key's kind, mostly: small, large, and on the borders."""
+    kinds = {arm.get("type") for arm in arms(schema)}
+    found = [st.sampled_from(choices(schema))] if choices(schema) else []
+    if kinds & {"integer", "number"}:
+        found += [st.integers(0, 4), st.integers(0, 100), st.sampled_from([10**4, 2**31, 2**40, 10**17])]
+    if "number" in kinds:
+        found += [st.floats(0, 1, allow_nan=False), st.floats(0, 1e9), st.sampled_from([1e-300, 1e300, 5e-324])]
+    if "boolean" in kinds:
+        found.append(st.booleans())
+    if "string" in kinds:
+        found.append(st.sampled_from(NASTY))
+    if "array" in kinds:
+        found.append(st.lists(st.sampled_from(["q_proj", "lm_head", "embed_tokens", "a", "base", ""]), max_size=2))
+    return st.one_of(*found, SCALARS) if found else VALUES

@@ -31,6 +31,7 @@ from fuzz_cases import (
     edited_text,
     edited_tree,
     edits,
+    fitting,
     written,
 )
 from hypothesis import strategies as st
@@ -52,7 +53,7 @@ from pipeline.observation.show import exit_status, show_once
 from pipeline.observation.status import Status
 from pipeline.preflight.checks import examine
 from pipeline.recipe import load_recipe, recipe_to_yaml
-from pipeline.recipe.json_schema import Schema, all_keys, arms, choices, schema_at
+from pipeline.recipe.json_schema import all_keys, schema_at
 from pipeline.recipe.schema import Base, Source
 from pipeline.recipe.training import field_schemas, sft_field_names
 from pipeline.run_folder import check_run_folder, read_history, read_provenance
@@ -139,7 +140,7 @@ def check(folder: Path) -> Target:
     schemas = {key: schema_at(key.split(".")) or {} for key in all_keys()}
     schemas |= {f"training.{name}": found for name, found in field_schemas().items()}
     plain = st.sampled_from(sorted(schemas)).flatmap(
-        lambda key: _fitting(schemas[key]).map(lambda value: f"{key}={written(value)}")
+        lambda key: fitting(schemas[key]).map(lambda value: f"{key}={written(value)}")
     )
 
     def read(overrides: Sequence[str]) -> None:
@@ -150,23 +151,6 @@ def check(folder: Path) -> Target:
             raise UserError("\n".join(found.errors))
 
     return Target(st.lists(plain, min_size=1, max_size=2), read)
-
-
-def _fitting(schema: Schema) -> st.SearchStrategy[Any]:
-    """Values of a key's kind, mostly: small, large, and on the borders."""
-    kinds = {arm.get("type") for arm in arms(schema)}
-    found = [st.sampled_from(choices(schema))] if choices(schema) else []
-    if kinds & {"integer", "number"}:
-        found += [st.integers(0, 4), st.integers(0, 100), st.sampled_from([10**4, 2**31, 2**40, 10**17])]
-    if "number" in kinds:
-        found += [st.floats(0, 1, allow_nan=False), st.floats(0, 1e9), st.sampled_from([1e-300, 1e300, 5e-324])]
-    if "boolean" in kinds:
-        found.append(st.booleans())
-    if "string" in kinds:
-        found.append(st.sampled_from(NASTY))
-    if "array" in kinds:
-        found.append(st.lists(st.sampled_from(["q_proj", "lm_head", "embed_tokens", "a", "base", ""]), max_size=2))
-    return st.one_of(*found, SCALARS) if found else VALUES
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
