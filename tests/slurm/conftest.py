@@ -11,7 +11,7 @@ import pytest
 from controller import Cluster, missing, started_cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two nodes."""
     if why := missing():
