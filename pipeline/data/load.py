@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import pkgutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,7 +124,7 @@ def read_raw(source: schema.Source, key: str) -> datasets.Dataset:
     if len({LOADERS[file.suffix] for file in files}) > 1:
         raise UserError(f"{key}.path: {source.path!r} mixes json and parquet files; list them as two sources")
     for file in files:
-        packed = Extractor.infer_extractor_format(file)
+        packed = _archive(file)
         if packed:  # datasets would unpack it into its cache, however large it gets
             raise UserError(f"{key}.path: {file} is no {file.suffix} file, but {packed}: unpack it")
     try:
@@ -139,6 +141,14 @@ def read_raw(source: schema.Source, key: str) -> datasets.Dataset:
         if isinstance(error, StopIteration) or any(words in str(error) for words in NO_ROWS):
             raise UserError(f"{key}.path: {source.path!r} has no rows ({_first_line(error) or 'empty'})") from error
         raise UserError(f"{key}.path: {source.path!r} cannot be read: {_first_line(error)}") from error
+
+
+def _archive(file: Path) -> str | None:
+    """The kind of archive that a file is by its first bytes, whatever its name; None where it is none."""
+    try:
+        return Extractor.infer_extractor_format(file) or None
+    except (EOFError, zlib.error, lzma.LZMAError, OSError):  # it looks into archives for others within
+        return "a damaged archive"
 
 
 def _first_line(error: BaseException) -> str:

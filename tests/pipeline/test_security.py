@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 import pickle
 import shutil
@@ -357,6 +358,15 @@ def test_damaged_data_is_told(tmp_path: Path, name: str, content: bytes) -> None
     file.write_bytes(content)
     message = refusal(lambda: load_rows([Source(path=str(file))]))
     assert message.startswith("data.train.0.path: ") and str(file) in message and len(message) < 1000
+
+
+@pytest.mark.parametrize("cut", [0, 30])
+def test_an_archive_is_not_unpacked(tmp_path: Path, cut: int) -> None:
+    """datasets would, into its cache: 2 KB of gzip can hold gigabytes."""
+    packed = gzip.compress(b'{"instruction": "' + b"a" * 100_000 + b'"}')
+    (tmp_path / "rows.json").write_bytes(packed[: len(packed) - cut])
+    message = refusal(lambda: load_rows([Source(path=str(tmp_path / "rows.json"))]))
+    assert "rows.json is no .json file, but " in message and message.endswith("unpack it")
 
 
 def test_a_header_of_absurd_size_is_told(pocket_base: Path, tmp_path: Path) -> None:
