@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,36 @@ from lm_eval.tasks._yaml_loader import load_yaml  # private, as in eval/local_ta
 from pipeline.errors import UserError
 
 Configuration = Mapping[str, Any]
+
+CHOICE_METRICS = frozenset(
+    ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "f1", "mcc", "brier_score", "likelihood")
+)
+"""What ``ConfigurableTask.process_results`` computes of a multiple choice, whatever function bears the name."""
+
+
+def spare_needless_fetches(names: Sequence[str], manager: TaskManager) -> None:
+    """Take ``hf_evaluate`` from indexed multiple-choice tasks whose metrics lm-eval computes by itself.
+
+    Over 700 of its own tasks ask for the Hub's code of ``f1``, which lm-eval would fetch, import, and never call.
+    Delete this once lm-eval fetches what it calls.
+
+    Args:
+        names: of tasks, groups and tags.
+        manager: that knows them; the entries of such tasks are replaced in its index.
+    """
+    for found in {str(found.get("task")) for name in names for found in configurations_of(name, manager, ())}:
+        entry = manager.task_index.get(found)
+        if entry is None or entry.cfg is None or entry.yaml_path is None or not _needless(entry.cfg):
+            continue
+        whole = load_yaml(entry.yaml_path, resolve_func=True)
+        metrics = [{key: each[key] for key in each if key != "hf_evaluate"} for each in whole["metric_list"]]
+        manager.task_index[found] = replace(entry, yaml_path=None, cfg={**whole, "metric_list": metrics})
+
+
+def _needless(task: Configuration) -> bool:
+    """Whether a task would fetch metrics, and call none of them."""
+    fetched = set(foreign_metrics(task))
+    return bool(fetched) and fetched <= CHOICE_METRICS and task.get("output_type") == "multiple_choice"
 
 
 def check_task_code(names: Sequence[str], manager: TaskManager) -> None:
@@ -42,7 +73,8 @@ def check_task_code(names: Sequence[str], manager: TaskManager) -> None:
             raise UserError(
                 f"eval.tasks: {found.get('task')} is scored by {', '.join(foreign)}, which lm-eval does not have: it "
                 "would fetch the metric's code from the Hub and run it, which is not done here.\n"
-                "Choose another task, or name a function of your own in a copy of its file (metric: !function ...)."
+                "Choose another task, or name a function of your own in a copy of its file (metric: !function ...), or "
+                "leave hf_evaluate out where lm-eval has the metric."
             )
 
 

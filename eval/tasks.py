@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from eval.logs import quiet
 from eval.prompt import TrainingPrompt
-from eval.task_code import check_task_code
+from eval.task_code import check_task_code, spare_needless_fetches
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, schema
 from pipeline.recipe.problems import shortened
@@ -156,8 +156,10 @@ def _loaded(name: str, manager: TaskManager) -> list[Task | Group]:
     try:
         # lm-eval warns about defaults it fills in and about how custom_dataset gets its arguments
         with quiet("lm_eval"):
-            check_task_code([group if member else name], manager)
-            loaded = manager.load([group if member else name])
+            asked = [group if member else name]
+            spare_needless_fetches(asked, manager)
+            check_task_code(asked, manager)
+            loaded = manager.load(asked)
     except TASK_FILE_ERRORS as error:
         raise UserError(
             f"eval.tasks: {name!r} cannot be loaded: {type(error).__name__}: {error}\n"

@@ -158,6 +158,7 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool, held: ExitStack) 
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if supervision.stopped:
                 raise supervisor.watch.interrupted()
+            supervisor.watch.writing()
             _warn_without_best(trainer)
             _write_results(trainer, recipe, {**record, "finished": now()}, folder)
         if supervisor.watch.stop is not None:

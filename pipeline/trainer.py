@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -20,30 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from pipeline.adapter.adalora import RankAllocation, orthogonality_loss
 from pipeline.adapter.config import lora_config
 from pipeline.adapter.dropout import recipe_dropout
-from pipeline.checkpoint.files import checkpoint_folder, problem_of
 from pipeline.checkpoint.timing import SaveAfterEvaluation
-from pipeline.checkpoint.training_state import (
-    Progress,
-    restore_random,
-    restore_training_state,
-    restore_weights,
-    save_training_state,
-)
+from pipeline.checkpoint.trainer import ResumableTrainer
 from pipeline.data.packing import RowCollator, check_apart, copied_batch, laid_out
-from pipeline.distributed import (
-    register_adapter_weights,
-    take_back_first_step,
-    unlink_shared_buffers,
-    zero_stage,
-)
-from pipeline.errors import UserError
+from pipeline.distributed import register_adapter_weights
 from pipeline.lora_dropout import example_coordinates, instance_coordinates
-from pipeline.observation.observer import log_checkpoint
 from pipeline.observation.step_norms import StepNorms
 from pipeline.observation.throughput import Throughput
 from pipeline.preflight.numbers import Execution, flat
@@ -54,7 +37,7 @@ from pipeline.supervision.callback import StoppedMeasuring
 PURPOSE = "train"
 
 
-class LoraDropoutTrainer(SFTTrainer):
+class LoraDropoutTrainer(ResumableTrainer):
     """Supervised fine-tuning with LoRA Dropout.
 
     Without masks every line that runs in training is trl's, but for packing. Otherwise ``training_step`` runs
@@ -133,13 +116,6 @@ class LoraDropoutTrainer(SFTTrainer):
             register_adapter_weights(self.adapted)
         else:
             _keep_float32_masters(self.adapted)
-
-    @property
-    def adapted(self) -> PeftModel:
-        """The model with its adapter, without what accelerate or DeepSpeed wraps around it."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        assert isinstance(model, PeftModel)
-        return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """torch's, before DeepSpeed takes it; bad steps are seen from it."""
@@ -292,99 +268,9 @@ class LoraDropoutTrainer(SFTTrainer):
             sampler.generator = self._order
         return sampler
 
-    # Checkpoints ------------------------------------------------------------------------------------------------------
-    # transformers' own way writes and reads pickles; these are the places where it saves and restores
-
-    def progress(self) -> Progress:
-        """Where the run stands."""
-        return Progress(
-            step=self.state.global_step,
-            tokens=int(self._total_train_tokens),
-            ranks=self.accelerator.num_processes,
-            micro_batch=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            execution="sequential" if self.sequential else "batched",
-            zero=zero_stage(self.recipe),
-        )
-
-    @property
-    def inner_optimizer(self) -> Any:
-        """DeepSpeed's optimizer, or torch's, without accelerate's wrapper."""
-        assert isinstance(self.optimizer, AcceleratedOptimizer)
-        return self.optimizer.optimizer
-
-    def restore_tokens(self, tokens: int) -> None:
-        """Go on counting from there."""
-        self._total_train_tokens = tokens
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.store_flos()
-        began = time.perf_counter()
-        written = save_training_state(self, Path(self._folder), self.identity)
-        log_checkpoint(written, time.perf_counter() - began)
-        best = checkpoint_folder(Path(self._folder), self.state.best_global_step or 0)
-        self.state.best_model_checkpoint = str(best) if best.exists() else None
-
-    @property
-    def _folder(self) -> str:
-        assert self.args.output_dir is not None
-        return self.args.output_dir
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing: :meth:`_prepare_for_training` restores, when the optimizer is there."""
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if self.is_deepspeed_enabled:
-            self.accelerator.wait_for_everyone()
-            unlink_shared_buffers()
-            take_back_first_step(self.inner_optimizer)
-        if resume_from_checkpoint is not None:
-            self.args.eval_on_start = False  # it was measured when the run began
-            restore_training_state(self, Path(resume_from_checkpoint))
-            best = checkpoint_folder(Path(self._folder), self.state.best_global_step or 0)
-            self.state.best_model_checkpoint = str(best) if best.exists() else None
-        return prepared
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            restore_random(Path(checkpoint))
-
     def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
-        """transformers', but for a run that was resumed after its last step, which it would train one step more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
         self._order.manual_seed(self.args.seed + epoch)
         super()._run_epoch(model, epoch, *args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        best = Path(self.state.best_model_checkpoint)
-        problem = problem_of(best)
-        if problem is not None:
-            raise UserError(
-                f"training.load_best_model_at_end: {best} is damaged: {problem}.\n"
-                "The same command with training.load_best_model_at_end=false writes the weights of the last step."
-            )
-        restore_weights(self.adapted, best)
-
-    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        """transformers', whose answer orders a checkpoint where ``save_strategy`` is best; a signal's order stands."""
-        ordered = self.control.should_save
-        best = super()._determine_best_metric(*args, **kwargs)
-        return (best or ordered) and not self.guard.streak
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers', but for its deletion of all checkpoints except the best one where ``save_total_limit`` is 1.
-
-        A run that a signal stopped goes on from the newest, which is not the best; and ours are deleted otherwise.
-        """
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
 
     # Measuring --------------------------------------------------------------------------------------------------------
 

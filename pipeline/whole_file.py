@@ -8,16 +8,26 @@ from pathlib import Path
 from typing import Any
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write aside, synchronise, rename: whoever reads, or is killed, finds the old file or the new one."""
+def write_text(file: Path, text: str, durable: bool = True) -> None:
+    """Write aside, synchronise, rename: whoever reads, or is killed, finds the old file or the new one.
+
+    Args:
+        file: in a folder that exists.
+        text: its whole content.
+        durable: synchronise, so that it outlives the machine's end; a heartbeat need not.
+
+    Raises:
+        OSError: it cannot be written; the old file is as it was.
+    """
     temporary = file.with_name(file.name + ".part")
     with temporary.open("w") as opened:
         opened.write(text)
         opened.flush()
-        os.fsync(opened.fileno())
+        if durable:
+            os.fsync(opened.fileno())
     temporary.replace(file)
 
 
 def write_json(file: Path, content: Any) -> None:
-    """:func:`write_text` of JSON."""
+    """:func:`write_text` of JSON, with its keys in order."""
     write_text(file, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -128,11 +128,14 @@ def _masters(optimizer: Any, parameters: dict[str, nn.Parameter]) -> dict[str, t
     }
 
 
-def _counter_as_held(value: torch.Tensor, holder: torch.optim.Optimizer, steps_on: torch.Tensor) -> torch.Tensor:
+def _counter_as_held(value: torch.Tensor, holder: torch.optim.Optimizer, steps_on: torch.Tensor) -> torch.Tensor | int:
     """A copy of a counter of steps where torch's optimizer expects it: on the CPU, but a fused one beside its weights.
 
     The fused kernel on a GPU reads it there; ``torch.optim.Optimizer.load_state_dict`` makes the same difference.
+    Those of bitsandbytes and transformers count in a python int, which alone is a whole number in the file.
     """
+    if value.dtype == torch.int64:
+        return int(value)
     beside = holder.defaults.get("fused") or holder.defaults.get("capturable")
     return value.to(steps_on.device, copy=True) if beside else value.clone()
 

@@ -30,7 +30,7 @@ from pipeline.processes import is_main, rank
 from pipeline.run_folder import IDENTITY_FILE
 
 if TYPE_CHECKING:
-    from pipeline.trainer import LoraDropoutTrainer
+    from pipeline.checkpoint.trainer import ResumableTrainer
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -73,7 +73,7 @@ def read_progress(checkpoint: Path) -> Progress:
 # Saving ---------------------------------------------------------------------------------------------------------------
 
 
-def save_training_state(trainer: LoraDropoutTrainer, folder: Path, identity: dict[str, Any]) -> Path:
+def save_training_state(trainer: ResumableTrainer, folder: Path, identity: dict[str, Any]) -> Path:
     """Write a checkpoint of the current step and delete those that are too old; every rank calls it.
 
     Args:
@@ -100,7 +100,7 @@ def save_training_state(trainer: LoraDropoutTrainer, folder: Path, identity: dic
 
 
 def _written(
-    trainer: LoraDropoutTrainer,
+    trainer: ResumableTrainer,
     folder: Path,
     weights: dict[str, torch.Tensor],
     states: States,
@@ -141,7 +141,7 @@ def _kept(folder: Path) -> str:
     return f"Make room, then run the same command again: it goes on from {whole.folder}, which is whole."
 
 
-def _small_state(trainer: LoraDropoutTrainer) -> dict[str, Any]:
+def _small_state(trainer: ResumableTrainer) -> dict[str, Any]:
     assert trainer.lr_scheduler is not None
     used = _used_groups(trainer.inner_optimizer)
     groups = itertools.compress(trainer.inner_optimizer.param_groups, used)
@@ -182,7 +182,7 @@ def _by_group(value: Any, used: list[bool]) -> bool:
     return isinstance(value, list) and len(value) == len(used)
 
 
-def _loss_scale(trainer: LoraDropoutTrainer) -> dict[str, Any]:
+def _loss_scale(trainer: ResumableTrainer) -> dict[str, Any]:
     """Of fp16, as a dictionary; empty where the loss is not scaled, or by a fixed number."""
     if not trainer.is_deepspeed_enabled:
         scaler = trainer.accelerator.scaler
@@ -198,7 +198,7 @@ def _write_json(file: Path, content: Any) -> None:
 # Restoring ------------------------------------------------------------------------------------------------------------
 
 
-def restore_training_state(trainer: LoraDropoutTrainer, checkpoint: Path) -> None:
+def restore_training_state(trainer: ResumableTrainer, checkpoint: Path) -> None:
     """Put a checkpoint into a trainer that has its engine and optimizer, but has made no step; every rank calls it.
 
     Raises:
@@ -284,7 +284,7 @@ def _read_states(model: PeftModel, checkpoint: Path) -> States:
     return states
 
 
-def _restore_loss_scale(trainer: LoraDropoutTrainer, saved: dict[str, Any]) -> None:
+def _restore_loss_scale(trainer: ResumableTrainer, saved: dict[str, Any]) -> None:
     if not saved:
         return
     if not trainer.is_deepspeed_enabled:

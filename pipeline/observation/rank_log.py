@@ -23,6 +23,7 @@ from typing import Any
 
 from pipeline.processes import rank, world_size
 from pipeline.redaction import redacted
+from pipeline.supervision.ranks import RANKS_FOLDER
 
 LOG = logging.getLogger("lora_dropout")
 LOG.setLevel(logging.INFO)
@@ -31,8 +32,6 @@ LOG.addHandler(logging.NullHandler())  # without it warnings would go to the scr
 
 LIBRARIES = ("transformers", "DeepSpeed")
 """Loggers with handlers of their own, so that another one takes nothing from the screen."""
-
-RANKS_FOLDER = "ranks"
 
 _OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 

@@ -85,7 +85,7 @@ class SupervisionCallback(TrainerCallback):
     ) -> None:
         """What is ordered by the epoch's end; transformers calls it where a signal ended the epoch, too."""
         assert state.epoch is not None
-        if self.stopped and state.epoch != int(state.epoch):
+        if self.stopped and state.epoch != int(state.epoch) and state.global_step < state.max_steps:
             # the uninterrupted run measures nothing here, and saves nothing more
             control.should_evaluate = control.should_save = control.should_log = False
         elif self.stopped and control.should_evaluate:

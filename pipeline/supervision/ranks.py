@@ -23,6 +23,7 @@ import psutil
 from pipeline.processes import local_world_size, rank, world_size
 from pipeline.supervision.launcher import is_gone
 from pipeline.supervision.pulse import Pulse
+from pipeline.whole_file import write_text
 
 RANKS_FOLDER = "ranks"
 FIRST_FAILURE_FILE = "failed.json"
@@ -47,7 +48,7 @@ def clear_ranks(folder: Path) -> None:
     """
     ranks = folder / RANKS_FOLDER
     ranks.mkdir(parents=True, exist_ok=True)
-    for pattern in ("rank-*.json", "rank-*.failed", FIRST_FAILURE_FILE, ".*.part"):
+    for pattern in ("rank-*.json", "rank-*.failed", FIRST_FAILURE_FILE, "*.part"):
         for file in ranks.glob(pattern):
             file.unlink(missing_ok=True)
 
@@ -87,7 +88,7 @@ class Ranks:
             "exit_status": pulse.exit_status,
             "message": pulse.message,
         }
-        _replace(self._file(rank()), json.dumps(told))
+        write_text(self._file(rank()), json.dumps(told), durable=False)
 
     def told(self, other: int) -> dict[str, Any] | None:
         """The last sign of life of a rank; None where there is none, or where it cannot be read."""
@@ -188,10 +189,3 @@ def is_of_collective(error: Exception) -> bool:
 def speaks_first() -> str:
     """How a line of this rank begins, where there are several."""
     return f"rank {rank()}: " if world_size() > 1 else ""
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write it whole: whoever reads it sees the old or the new."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text)
-    os.replace(part, file)

@@ -107,6 +107,7 @@ class Watch:
         self._deferred = False
         self._deferred_until = 0.0
         self._saving = False
+        self._stopping = "after this step, with a checkpoint"
         self._raised = False
         self._seen: dict[int, float] = {}
         self._launchers = launchers()
@@ -138,6 +139,10 @@ class Watch:
         else:
             self.stop = replace(self.stop, status=status)
         self._saving = True
+
+    def writing(self) -> None:
+        """Training is done and its results are being written: they get a checkpoint's patience."""
+        self._saving, self._stopping = True, "when the adapter is written"
 
     def unwinding(self) -> None:
         """The process is about to end by itself, with words of its own: signals raise nothing any more."""
@@ -194,9 +199,7 @@ class Watch:
                 patience = max(patience, 2 * self.slowest_step)
             self.stop = Stop(_named(number), self._status(number), now, patience)
             if self._deferred and is_main():
-                write_error(
-                    f"\n{_named(number)}: stopping after this step, with a checkpoint; once more stops at once\n"
-                )
+                write_error(f"\n{_named(number)}: stopping {self._stopping}; once more stops at once\n")
         elif number != signal.SIGUSR1 and self.stop.patience > LAUNCHERS_PATIENCE:
             self.stop = Stop(_named(number), self.stop.status, now)
 
@@ -228,8 +231,10 @@ class Watch:
         if self._deferred:
             patience = SAVING_PATIENCE if self._saving and not self.stop.final else self.stop.patience
             if _age(self.stop) > patience:
-                late = f"the end of the step was not reached within {patience:.0f} s"
-                self.end(self.stop.status, f"stopped by {self.stop.cause}: {late}; {self._newest()}")
+                late = "what was being saved was not whole" if self._saving else "the end of the step was not reached"
+                self.end(
+                    self.stop.status, f"stopped by {self.stop.cause}: {late} within {patience:.0f} s; {self._newest()}"
+                )
         elif self.stop.final or time.monotonic() - max(self.stop.at, self._deferred_until) > UNWINDING_SECONDS:
             self.end(self.stop.status, str(self.interrupted()))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from training_support import random_rows, write_rows
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.run_folder import read_history
+from pipeline.supervision.bad_steps import StepGuard
+from pipeline.supervision.watch import Interrupted
 from pipeline.train import train
 
 RECIPE = """
@@ -200,3 +204,40 @@ def test_the_best_checkpoint_is_kept_and_loaded(work: Path) -> None:
     kept = folder / "checkpoints" / f"checkpoint-{best}"
     assert weights(kept) == weights(folder)
     assert (kept.parent / "checkpoint-6").is_dir()  # the newest, from which a run that was stopped goes on
+
+
+MEASURED = ("training.eval_strategy=steps", "training.eval_steps=2")
+
+
+@pytest.mark.parametrize(
+    ("step", "overrides"),
+    [
+        # the best is an older one, and its checkpoint the only one that transformers would leave
+        (5, (*MEASURED, "training.save_total_limit=1", "training.greater_is_better=true")),
+        (3, (*MEASURED, "training.save_strategy=best")),
+        (4, ()),  # the last of an epoch, whose end is measured
+        (3, (*MEASURED, "training.eval_on_start=true")),
+        (6, ()),  # the last of all
+    ],
+)
+def test_a_signal_keeps_a_checkpoint_from_which_the_run_goes_on(
+    work: Path, step: int, overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """History and adapter to the bit, whatever else the recipe says of checkpoints and measuring."""
+    name = f"signal-{step}-{len(list((work / 'outputs').iterdir()))}"
+    train(recipe(work, f"name={name}-whole", *overrides))
+    steps = itertools.count(1)
+
+    def signalled(guard: StepGuard, norm: object) -> None:
+        if next(steps) == step:
+            signal.raise_signal(signal.SIGUSR1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StepGuard, "gradient", signalled)
+        with pytest.raises(Interrupted, match=f"stopped by SIGUSR1 at step {step}; the checkpoint in"):
+            train(recipe(work, f"name={name}", *overrides))
+    folder = work / "outputs" / name
+    assert (folder / "checkpoints" / f"checkpoint-{step}").is_dir()
+    train(recipe(work, f"name={name}", *overrides))
+    assert curve(folder) == curve(work / "outputs" / f"{name}-whole")
+    assert weights(folder) == weights(work / "outputs" / f"{name}-whole")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from eval.tasks import load_tasks
+from eval.tasks import leaf_tasks, load_tasks
 from pipeline.adapter.files import load_adapter, read_peft_config
 from pipeline.base import hollow_base, load_base, load_config, load_tokenizer
 from pipeline.data import PromptTemplate, load_rows
@@ -141,6 +141,26 @@ def test_code_that_a_task_brings_is_not_run(tmp_path: Path, trap: Path, line: st
     assert expected in refusal(lambda: load_tasks(Eval(tasks=["task"], task_folders=[str(tmp_path)])))
     assert expected in refusal(lambda: load_tasks(Eval(tasks=[str(tmp_path / "task.yaml")])))
     assert not trap.exists()
+
+
+def test_a_metric_that_is_never_called_is_not_fetched(
+    tmp_path: Path, trap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some 750 of lm-eval's multiple-choice tasks name the Hub's f1, but compute theirs."""
+    (tmp_path / "f1").mkdir()
+    (tmp_path / "f1" / "f1.py").write_text(f"open({str(trap)!r}, 'w')")  # evaluate would run it
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text(json.dumps({"a": "1 + 1 =", "b": 1}))
+    (tmp_path / "task.yaml").write_text(
+        "task: task\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: a\ndoc_to_target: b\n"
+        "doc_to_choice: [three, two]\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.json}}}}\n"
+        "metric_list: [{metric: f1, hf_evaluate: true, aggregation: f1, higher_is_better: true}]\n"
+    )
+    (task,) = leaf_tasks(load_tasks(Eval(tasks=["task"], task_folders=[str(tmp_path)])))
+    assert not trap.exists()
+    found = task.process_results({"a": "1 + 1 =", "b": 1}, [(-2.0, False), (-1.0, True)])
+    assert found == {"f1": (1, 1)} and task.aggregation()["f1"]([(1, 1), (0, 1)]) == pytest.approx(2 / 3)
 
 
 def test_a_reader_of_formats_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
