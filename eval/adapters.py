@@ -9,7 +9,7 @@ from pipeline.adapter.check import check_adapter
 from pipeline.adapter.files import WEIGHTS_FILE, read_peft_config, read_settings
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, load_recipe, schema
-from pipeline.run_folder import RECIPE_FILE
+from pipeline.run.folder import RECIPE_FILE
 
 
 def check_base(base: schema.Base, adapter: Path) -> None:

@@ -21,7 +21,7 @@ from pipeline.base import load_base, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.lora_dropout import LoraDropout
 from pipeline.recipe import Recipe, load_recipe, schema
-from pipeline.run_folder import RECIPE_FILE
+from pipeline.run.folder import RECIPE_FILE
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,13 @@ from pipeline.benchmark.run import processor
 from pipeline.benchmark.shapes import shape_config
 from pipeline.benchmark.show import duration
 from pipeline.benchmark.statistics import Timing, interval_name, timing
-from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.lora_dropout import LoraDropout
-from pipeline.processes import launched
-from pipeline.provenance import git_state, now, versions
+from pipeline.process.environment import keep_freed_memory
+from pipeline.process.rank import launched
 from pipeline.recipe import Recipe
 from pipeline.redaction import command_line
+from pipeline.run.provenance import git_state, now, versions
 
 STOCK = "stock lm-eval, one model"
 SCHEMA = 1

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pipeline.adapter.files import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from pipeline.checkpoint.files import sha256_of
 from pipeline.errors import UserError
-from pipeline.run_folder import RECIPE_FILE
+from pipeline.run.folder import RECIPE_FILE
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, RECIPE_FILE)
 """What an evaluation reads of an adapter."""

@@ -24,11 +24,11 @@ from eval.report import write_report
 from eval.tasks import leaf_tasks
 from pipeline.adapter.files import AdapterSettings, adapter_rank, read_peft_config
 from pipeline.base import base_identity
-from pipeline.processes import world_size
-from pipeline.provenance import git_state, machine, now, versions
+from pipeline.process.rank import world_size
 from pipeline.recipe import Recipe, recipe_to_yaml
 from pipeline.redaction import command_line
-from pipeline.run_folder import read_history, read_provenance
+from pipeline.run.folder import read_history, read_provenance
+from pipeline.run.provenance import git_state, machine, now, versions
 
 STDERRS: dict[Callable[..., float], Callable[..., float]] = {mean: mean_stderr, acc_all: acc_all_stderr}
 """Closed-form standard errors. lm-eval gives them only together with its bootstrap of the other metrics, which

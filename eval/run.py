@@ -36,10 +36,10 @@ from pipeline.base import load_base, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.observation.evaluation import observed_evaluation
 from pipeline.observation.rank_log import LOG
-from pipeline.processes import is_main, world_size
-from pipeline.provenance import now
+from pipeline.process.rank import is_main, world_size
 from pipeline.recipe import Recipe, schema
-from pipeline.run_folder import check_writable, run_folder
+from pipeline.run.folder import check_writable, run_folder
+from pipeline.run.provenance import now
 from pipeline.supervision.watch import watching
 
 ANSWERS = "answers"

@@ -17,7 +17,7 @@ from eval.scores import SYSTEMS as SYSTEMS
 from pipeline.adapter.check import ensemble_settings, why_unmasked
 from pipeline.adapter.files import AdapterSettings, adapter_dropout, read_peft_config
 from pipeline.errors import UserError
-from pipeline.processes import world_size
+from pipeline.process.rank import world_size
 from pipeline.recipe import Recipe, schema
 
 

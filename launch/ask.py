@@ -63,7 +63,7 @@ def ask(
     base: Annotated[str | None, typer.Option(help="Base model, where it has moved since training.")] = None,
 ) -> None:
     """Answer with a trained adapter, streamed, and say how sure it was."""
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     import torch

@@ -92,7 +92,7 @@ def benchmark(
     check_output_file("--json", json_file)
     check_output_file("--plot", plot, PICTURES)
     recipe_file, overrides = recipe_and_overrides(words or [], shape)
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself
@@ -113,7 +113,7 @@ def benchmark(
     from pipeline.benchmark.run import Settings
     from pipeline.benchmark.run import benchmark as run
     from pipeline.benchmark.show import draw, print_result
-    from pipeline.whole_file import write_json
+    from pipeline.run.whole_file import write_json
 
     disable_progress_bar()
     if level == "evaluation":

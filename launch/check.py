@@ -30,7 +30,7 @@ def check(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Check RECIPE before training: one example with its labels, batch arithmetic, memory and disk estimates."""
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     from pipeline.recipe import load_recipe

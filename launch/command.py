@@ -9,7 +9,7 @@
   143  stopped by SIGTERM from srun before training, which sends it where one process has failed
 
 After 70, 75 and 130 the same command goes on from the newest checkpoint. These are the statuses of each process;
-what launchers make of them is said in pipeline/exit_status.py.
+what launchers make of them is said in pipeline/process/exit_status.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import NoReturn
 import typer
 
 from pipeline.errors import UserError
-from pipeline.exit_status import BAD_INPUT, FAILED, INTERRUPTED
-from pipeline.processes import is_main, launched, rank
+from pipeline.process.exit_status import BAD_INPUT, FAILED, INTERRUPTED
+from pipeline.process.rank import is_main, launched, rank
 from pipeline.redaction import redacted
 from pipeline.supervision.ending import leave
 from pipeline.supervision.ranks import is_of_collective

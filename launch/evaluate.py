@@ -29,14 +29,14 @@ def evaluate(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Evaluate the adapter that RECIPE trained on the recipe's tasks, and write a report."""
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     from pipeline.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, overrides or [])
     from eval.run import evaluate as run  # takes seconds to import: after the recipe's mistakes are told
-    from pipeline.run_folder import run_folder
+    from pipeline.run.folder import run_folder
 
     run(recipe, adapter or run_folder(recipe), output)
 

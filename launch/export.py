@@ -44,7 +44,7 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="Create the Hub repository as private.")] = False,
 ) -> None:
     """Write ADAPTER in a form that needs nothing of this project."""
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     from pipeline.errors import UserError

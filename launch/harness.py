@@ -20,7 +20,7 @@ from launch.command import told_errors
 def main() -> None:
     """lm-eval's command line; without arguments, its help and ours."""
     with told_errors():
-        from pipeline.environment import prepare_environment
+        from pipeline.process.environment import prepare_environment
 
         prepare_environment()
         from eval.lm.command import main as run

@@ -41,7 +41,7 @@ def noise(
     """Measure the variance components of RECIPE's gradient, and the noise of each way to sample masks."""
     check_output_file("--json", json_file)
     check_output_file("--plot", plot_file, PICTURES)
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     from pipeline.recipe import load_recipe

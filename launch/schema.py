@@ -35,7 +35,7 @@ def schema(
     output: Annotated[Path, typer.Option("--output", help="Where to write it.")] = SCHEMA_FILE,
 ) -> None:
     """Write the JSON schema of recipes, from the schema in pipeline/recipe and the installed trl."""
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     from pipeline.errors import UserError

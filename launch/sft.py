@@ -27,7 +27,7 @@ def sft(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Train the adapter that RECIPE describes, then evaluate it."""
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     from pipeline.recipe import load_recipe

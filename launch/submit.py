@@ -52,11 +52,11 @@ def submit(
 ) -> None:
     """Submit the run that RECIPE describes to SLURM."""
     environment = dict(os.environ)  # the jobs' own: not what is set here for this process
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
-    from pipeline.slurm import Resources, dependency, job_script, jobs, parsed_seeds
-    from pipeline.slurm import submit as submitted
+    from pipeline.cluster.slurm import Resources, dependency, job_script, jobs, parsed_seeds
+    from pipeline.cluster.slurm import submit as submitted
 
     resources = Resources(nodes, tasks or max(gpus, 1), gpus, cpus, time, partition, account, tuple(sbatch or []))
     seeds = [] if array is None else parsed_seeds(array)

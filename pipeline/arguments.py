@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from pipeline.distributed import deepspeed_config, zero_stage
 from pipeline.errors import UserError
-from pipeline.processes import launched
+from pipeline.process.rank import launched
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import effective_training
 

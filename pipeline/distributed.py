@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.processes import launched, rank
+from pipeline.process.rank import launched, rank
 from pipeline.recipe import Recipe
 
 

@@ -25,14 +25,11 @@ from pipeline.checkpoint.files import synchronise
 from pipeline.checkpoint.optimizer import check_optimizer
 from pipeline.checkpoint.resume import Origin, origin_of, told, whole_checkpoint
 from pipeline.checkpoint.training_state import read_progress
+from pipeline.cluster.nodes import check_same_everywhere, told_to_other_nodes
 from pipeline.data import Splits, cached_splits
 from pipeline.distributed import adapter_weights, check_launch, zero_stage
-from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
-from pipeline.exit_status import FINISHED
 from pipeline.lora_dropout import LoraDropout
-from pipeline.model_card import write_model_card
-from pipeline.nodes import check_same_everywhere, told_to_other_nodes
 from pipeline.observation.flops import TokenWork, empty_base_work, own_peak_flops, recipe_work
 from pipeline.observation.observer import RunObserver
 from pipeline.observation.progress import PlainWordsCallback
@@ -41,11 +38,12 @@ from pipeline.observation.status import RunStatus, read_status
 from pipeline.observation.throughput import Throughput
 from pipeline.preflight.execution import Choice, execution_in_force
 from pipeline.preflight.numbers import model_shape
-from pipeline.processes import is_main, launched, world_size
-from pipeline.provenance import now, provenance
+from pipeline.process.environment import keep_freed_memory
+from pipeline.process.exit_status import FINISHED
+from pipeline.process.rank import is_main, launched, world_size
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
-from pipeline.run_folder import (
+from pipeline.run.folder import (
     HISTORY_FILE,
     PROVENANCE_FILE,
     RECIPE_FILE,
@@ -55,12 +53,14 @@ from pipeline.run_folder import (
     read_history,
     run_folder,
 )
-from pipeline.run_lock import only_run
+from pipeline.run.lock import only_run
+from pipeline.run.model_card import write_model_card
+from pipeline.run.provenance import now, provenance
+from pipeline.run.whole_file import write_json
 from pipeline.supervision.bad_steps import StepGuard
 from pipeline.supervision.callback import SupervisionCallback
 from pipeline.supervision.supervisor import supervised
 from pipeline.trainer import LoraDropoutTrainer
-from pipeline.whole_file import write_json
 
 
 def train(recipe: Recipe, overwrite: bool = False, evaluated: bool = False) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pipeline.environment does, before torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pipeline.process.environment does, before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face import: no test may reach the network
 
 REPOSITORY = Path(__file__).resolve().parents[1]

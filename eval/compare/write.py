@@ -16,7 +16,7 @@ from eval.compare.schema import Comparison, Flip, RunFacts, TaskComparison
 from eval.numbers import number
 from eval.report.page import render, style_sheet
 from eval.report.svg import write_pictures
-from pipeline.run_folder import check_writable
+from pipeline.run.folder import check_writable
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_NAMES = 3

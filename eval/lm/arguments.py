@@ -23,7 +23,7 @@ from pipeline.recipe import Recipe, load_recipe, schema
 from pipeline.recipe.json_schema import schema_at
 from pipeline.recipe.problems import shown
 from pipeline.recipe.words import expected, hint
-from pipeline.run_folder import RECIPE_FILE
+from pipeline.run.folder import RECIPE_FILE
 
 BASE = {
     "pretrained": "model",

@@ -33,7 +33,7 @@ from pipeline.adapter.check import check_adapter
 from pipeline.adapter.files import load_adapter
 from pipeline.base import default_device, load_base, load_tokenizer
 from pipeline.errors import UserError
-from pipeline.processes import is_main, rank, world_size
+from pipeline.process.rank import is_main, rank, world_size
 
 NAME = "lora-dropout"
 EVERY_DEVICE = ("cuda:0", "cuda", None)

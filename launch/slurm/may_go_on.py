@@ -17,8 +17,8 @@ from launch.command import told_errors
 def main() -> None:
     """The words are those of the job's program: its recipe is the first that is neither an option nor an override."""
     with told_errors():
+        from pipeline.cluster.restarts import check_gain
         from pipeline.recipe.loader import output_and_name
-        from pipeline.restarts import check_gain
 
         job, _, *words = sys.argv[1:]
         overrides = [word for word in words if "=" in word and not word.startswith("-")]

@@ -15,7 +15,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-# A cluster whose node names do not resolve needs this; else pipeline/processes.py takes the first node's name:
+# A cluster whose node names do not resolve needs this; else pipeline/process/rank.py takes the first node's name:
 # export MASTER_ADDR=$(getent ahostsv4 "$(hostname)" | awk '{print $1; exit}')
 # Which network interface the processes use, where they do not find it:
 # export NCCL_SOCKET_IFNAME=ib0

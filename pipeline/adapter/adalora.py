@@ -36,7 +36,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pipeline.adapter.config import ADAPTER_NAME, freeze_rank_numbers
 from pipeline.errors import UserError
-from pipeline.processes import is_main
+from pipeline.process.rank import is_main
 from pipeline.recipe import schema
 
 STATE_FILE = "adalora.safetensors"

@@ -29,7 +29,7 @@ from pipeline.adapter.files import (
 from pipeline.base import hollow_base
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, schema
-from pipeline.run_folder import RECIPE_FILE
+from pipeline.run.folder import RECIPE_FILE
 
 PEFT_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError, re.error)
 """What peft raises for a configuration that finds no layer, contradicts itself, or holds values of another kind."""

@@ -25,16 +25,16 @@ from pipeline.benchmark.statistics import timing
 from pipeline.benchmark.trainers import TrainingSubject, frozen_bytes, synthetic_rows
 from pipeline.benchmark.variants import REFERENCE, Variant, parse_variants
 from pipeline.data import load_splits
-from pipeline.environment import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.preflight.estimate import PLAIN, ModelShape, in_words
 from pipeline.preflight.execution import device_memory
 from pipeline.preflight.numbers import Execution, batch_of, flat, memory_of, model_shape
-from pipeline.processes import launched
-from pipeline.provenance import git_state, now, versions
+from pipeline.process.environment import keep_freed_memory
+from pipeline.process.rank import launched
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
 from pipeline.redaction import command_line
+from pipeline.run.provenance import git_state, now, versions
 
 
 @dataclass(frozen=True)

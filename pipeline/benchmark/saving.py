@@ -28,9 +28,9 @@ from pipeline.benchmark.statistics import Timing, interval_name, timing
 from pipeline.benchmark.turns import Training, Turn
 from pipeline.errors import UserError
 from pipeline.preflight.estimate import in_words
-from pipeline.processes import launched
-from pipeline.provenance import git_state, now, versions
+from pipeline.process.rank import launched
 from pipeline.recipe import Recipe
+from pipeline.run.provenance import git_state, now, versions
 
 EVERY = 50
 """Steps from one checkpoint to the next."""

@@ -19,13 +19,13 @@ from pipeline.arguments import sft_config
 from pipeline.base import load_base, load_tokenizer
 from pipeline.benchmark.turns import EdgeCallback, TurnsCallback, Watching
 from pipeline.data import load_splits
-from pipeline.environment import keep_freed_memory
 from pipeline.observation.observer import RunObserver
 from pipeline.observation.progress import PlainWordsCallback
 from pipeline.observation.rank_log import rank_log
 from pipeline.observation.status import RunStatus
+from pipeline.process.environment import keep_freed_memory
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.run_folder import HISTORY_FILE, run_folder
+from pipeline.run.folder import HISTORY_FILE, run_folder
 from pipeline.supervision.bad_steps import StepGuard
 from pipeline.supervision.callback import SupervisionCallback
 from pipeline.supervision.supervisor import supervised

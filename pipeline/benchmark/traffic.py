@@ -30,9 +30,9 @@ from pipeline.benchmark.shapes import shape_config
 from pipeline.benchmark.turns import free_port
 from pipeline.errors import UserError
 from pipeline.preflight.traffic import Stored, Traffic, checkpoint_traffic, kept_bytes, step_traffic, stored_tensors
-from pipeline.processes import launched
-from pipeline.provenance import git_state, now, versions
+from pipeline.process.rank import launched
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.run.provenance import git_state, now, versions
 
 NARROWER = 16
 SHRUNK = NARROWER**2

@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-
 from transformers.integrations import unset_hf_deepspeed_config
 
 from pipeline import distributed
-from pipeline.processes import rank
+from pipeline.process.rank import rank
 from pipeline.recipe import load_recipe
 from pipeline.train import train
 

@@ -15,10 +15,10 @@ from pipeline.checkpoint.identity import differences, identity_of
 from pipeline.checkpoint.training_state import STATE_FILE, Progress, read_progress
 from pipeline.data import Splits
 from pipeline.errors import UserError
-from pipeline.processes import is_main, world_size
+from pipeline.process.rank import is_main, world_size
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import own_training, resolved_training
-from pipeline.run_folder import CHECKPOINTS_FOLDER, IDENTITY_FILE, has_finished, holds_run, run_folder
+from pipeline.run.folder import CHECKPOINTS_FOLDER, IDENTITY_FILE, has_finished, holds_run, run_folder
 
 AUTO, NEVER = "auto", "never"
 

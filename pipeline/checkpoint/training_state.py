@@ -26,8 +26,8 @@ from pipeline.checkpoint.random_state import random_state, restore_random_state
 from pipeline.distributed import adapter_weights, is_zero_3, loss_scaler_of, whole_parameters
 from pipeline.errors import UserError
 from pipeline.preflight.numbers import Execution
-from pipeline.processes import is_main, rank
-from pipeline.run_folder import IDENTITY_FILE
+from pipeline.process.rank import is_main, rank
+from pipeline.run.folder import IDENTITY_FILE
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.trainer import ResumableTrainer

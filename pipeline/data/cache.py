@@ -29,9 +29,9 @@ from pipeline.data.cache_entry import DamagedEntry, read_entry, write_entry
 from pipeline.data.cache_key import dependencies, key_of
 from pipeline.data.splits import Splits, load_splits
 from pipeline.errors import UserError
-from pipeline.processes import is_main
+from pipeline.process.rank import is_main
 from pipeline.recipe import Recipe
-from pipeline.run_lock import NO_LOCKS
+from pipeline.run.lock import NO_LOCKS
 
 VARIABLE = "LORA_DROPOUT_CACHE"
 ROWS, LOCK, PROBLEM = "rows", "lock", "problem"

@@ -39,12 +39,12 @@ from pipeline.errors import UserError
 from pipeline.export.manifest import MANIFEST_FILE, Form, read_manifest
 from pipeline.export.members import MemberWriter
 from pipeline.export.merge import check_mergeable, check_shard_size, merge_type, merged_model
-from pipeline.model_card import rates_in_words, write_export_card
 from pipeline.preflight.estimate import in_words
-from pipeline.provenance import git_state, now, versions
 from pipeline.recipe import Recipe, load_recipe, schema
-from pipeline.run_folder import RECIPE_FILE, check_writable, read_history, read_provenance
-from pipeline.whole_file import write_json
+from pipeline.run.folder import RECIPE_FILE, check_writable, read_history, read_provenance
+from pipeline.run.model_card import rates_in_words, write_export_card
+from pipeline.run.provenance import git_state, now, versions
+from pipeline.run.whole_file import write_json
 
 AVERAGES = {
     "logits": "at every token, the mean of the members' logits in float32, then one softmax",

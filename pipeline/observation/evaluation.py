@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.exit_status import BAD_INPUT, FAILED, FINISHED
 from pipeline.observation.rank_log import LOG, rank_log
 from pipeline.observation.status import RunStatus, Task
+from pipeline.process.exit_status import BAD_INPUT, FAILED, FINISHED
 from pipeline.supervision.watch import Interrupted, watching
 
 

@@ -11,8 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pipeline.observation.progress import NAMES
 from pipeline.observation.rank_log import LOG
 from pipeline.observation.status import RunStatus
-from pipeline.processes import is_main
-from pipeline.provenance import versions
+from pipeline.process.rank import is_main
+from pipeline.run.provenance import versions
 
 
 class RunObserver(TrainerCallback):

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.processes import rank, world_size
+from pipeline.process.rank import rank, world_size
 from pipeline.redaction import redacted
 from pipeline.supervision.ranks import RANKS_FOLDER
 

@@ -21,9 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pipeline.exit_status import FINISHED, INTERRUPTED, STOPPED
 from pipeline.observation.rank_log import LOG, plain_json
-from pipeline.processes import is_main, rank, world_size
+from pipeline.process.exit_status import FINISHED, INTERRUPTED, STOPPED
+from pipeline.process.rank import is_main, rank, world_size
 from pipeline.redaction import redacted
 from pipeline.supervision.pulse import Pulse
 

@@ -24,7 +24,7 @@ from pipeline.preflight.storage import checkpoint_bytes, checkpoints_on_disk
 from pipeline.preflight.traffic import step_traffic, stored_tensors
 from pipeline.recipe import Recipe, schema
 from pipeline.recipe.training import resolved_training
-from pipeline.run_folder import check_run_folder, run_folder
+from pipeline.run.folder import check_run_folder, run_folder
 
 
 @dataclass(frozen=True)

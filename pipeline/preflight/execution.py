@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from pipeline.errors import UserError
 from pipeline.preflight.estimate import PLAIN, ModelShape, RankMemory, in_words
 from pipeline.preflight.numbers import Execution, flat, memory_of
-from pipeline.processes import launched, local_world_size, world_size
+from pipeline.process.rank import launched, local_world_size, world_size
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import resolved_training
 

@@ -26,8 +26,8 @@ from accelerate.utils import gather_object, reduce
 from torch.optim import Optimizer
 
 from pipeline.errors import UserError
-from pipeline.exit_status import INTERRUPTED, STOPPED
-from pipeline.processes import is_main, rank, world_size
+from pipeline.process.exit_status import INTERRUPTED, STOPPED
+from pipeline.process.rank import is_main, rank, world_size
 from pipeline.recipe import schema
 
 BAD_STEPS_FILE = "bad-steps.jsonl"

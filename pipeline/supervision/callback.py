@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pipeline.checkpoint.files import listed_checkpoints
 from pipeline.observation.rank_log import LOG
-from pipeline.processes import is_main
+from pipeline.process.rank import is_main
 from pipeline.supervision.bad_steps import StepGuard, agreed_stop
 from pipeline.supervision.supervisor import Supervisor
 

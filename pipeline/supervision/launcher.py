@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.processes import launched
+from pipeline.process.rank import launched
 
 NODE_LAUNCHER = "deepspeed.launcher.launch"
 """Started by the ``deepspeed`` command on each node; starts the ranks there."""

@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 
-from pipeline.processes import local_world_size, rank, world_size
+from pipeline.process.rank import local_world_size, rank, world_size
+from pipeline.run.whole_file import write_text
 from pipeline.supervision.launcher import is_gone
 from pipeline.supervision.pulse import Pulse
-from pipeline.whole_file import write_text
 
 RANKS_FOLDER = "ranks"
 FIRST_FAILURE_FILE = "failed.json"

@@ -13,8 +13,8 @@ from typing import NoReturn
 from accelerate import PartialState
 
 from pipeline.errors import UserError
-from pipeline.exit_status import BAD_INPUT, FAILED, FINISHED, HUNG
-from pipeline.processes import rank, world_size
+from pipeline.process.exit_status import BAD_INPUT, FAILED, FINISHED, HUNG
+from pipeline.process.rank import rank, world_size
 from pipeline.recipe import schema
 from pipeline.redaction import redacted
 from pipeline.supervision.ending import with_patience, write_error

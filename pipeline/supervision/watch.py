@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-from pipeline.exit_status import INTERRUPTED, STOPPED, TERMINATED
-from pipeline.processes import ended_by_srun, is_main
+from pipeline.process.exit_status import INTERRUPTED, STOPPED, TERMINATED
+from pipeline.process.rank import ended_by_srun, is_main
 from pipeline.supervision.ending import leave, with_patience, write_error
 from pipeline.supervision.launcher import in_words, is_gone, launchers, orphaned
 

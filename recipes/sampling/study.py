@@ -126,7 +126,7 @@ def finished(run: Run, output: Path) -> bool:
 
 def train_run(run: Run, output: Path) -> float:
     """Train in this process, its output in a log file; returns seconds."""
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     from pipeline.recipe import load_recipe
@@ -218,7 +218,7 @@ def ensemble_file(run: Run, steps: int, output: Path) -> Path:
 
 def measure_ensemble(run: Run, output: Path, steps: int) -> float:
     """Write :func:`ensemble_file`; returns seconds."""
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     started = time.perf_counter()
@@ -260,7 +260,7 @@ def study(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; set OMP_NUM_THREADS to cores / jobs.")] = 2,
 ) -> None:
     """Tune, train, and compare: writes results.json, results.svg and table.md."""
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     output = output.absolute()

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pipeline.environment import prepare_environment
+from pipeline.process.environment import prepare_environment
 
 prepare_environment()
 import torch

@@ -27,7 +27,7 @@ from pipeline.adapter.files import SETTINGS_FILE, AdapterSettings, save_adapter
 from pipeline.errors import UserError
 from pipeline.recipe import recipe_to_yaml
 from pipeline.recipe.schema import Adapter, Base, Data, Dropout, Ensemble, Eval, Recipe, Source
-from pipeline.run_folder import RECIPE_FILE
+from pipeline.run.folder import RECIPE_FILE
 
 TASKS = ["tiny_choice", "tiny_words", "tiny_text"]
 

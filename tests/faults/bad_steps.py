@@ -19,7 +19,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPOSITORY)
 
-from pipeline.environment import prepare_environment
+from pipeline.process.environment import prepare_environment
 
 prepare_environment()
 
@@ -35,7 +35,7 @@ from pipeline.base import load_base, load_tokenizer
 from pipeline.data import load_splits
 from pipeline.distributed import adapter_weights
 from pipeline.errors import UserError
-from pipeline.processes import is_main, launched, rank, world_size
+from pipeline.process.rank import is_main, launched, rank, world_size
 from pipeline.recipe import load_recipe
 from pipeline.supervision.bad_steps import BAD_STEPS_FILE, StepGuard
 from pipeline.supervision.callback import SupervisionCallback

@@ -105,7 +105,7 @@ def started(arguments: list[str], ranks: int, log: str) -> list[int]:
 
 def serve() -> None:
     """Import what training needs, then answer until the input ends."""
-    from pipeline.environment import prepare_environment
+    from pipeline.process.environment import prepare_environment
 
     prepare_environment()
     answers = os.dup(1)

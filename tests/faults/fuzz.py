@@ -35,7 +35,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(Path(__file__).p
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from pipeline.environment import prepare_environment
+from pipeline.process.environment import prepare_environment
 
 prepare_environment()
 

@@ -56,7 +56,7 @@ from pipeline.recipe import load_recipe, recipe_to_yaml
 from pipeline.recipe.json_schema import all_keys, schema_at
 from pipeline.recipe.schema import Base, Source
 from pipeline.recipe.training import field_schemas, sft_field_names
-from pipeline.run_folder import check_run_folder, read_history, read_provenance
+from pipeline.run.folder import check_run_folder, read_history, read_provenance
 
 RECIPES = ("alpaca.yaml", "pocket/pocket.yaml", "pocket/pocket-lora.yaml", "calibration/calibration.yaml")
 POCKET_BASE = REPOSITORY / "recipes" / "pocket" / "base"

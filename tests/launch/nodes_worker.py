@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pipeline.environment import prepare_environment
+from pipeline.process.environment import prepare_environment
 
 prepare_environment()
 import deepspeed  # noqa: F401  # once, and not in every fork
@@ -31,7 +31,7 @@ from ports import free_port
 from eval.run import evaluate
 from launch.command import told_errors
 from pipeline.recipe import load_recipe
-from pipeline.run_folder import run_folder
+from pipeline.run.folder import run_folder
 from pipeline.train import train
 
 

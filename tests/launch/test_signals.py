@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sft_support import LAUNCHERS, environment, write_recipe
 
 from launch.command import STATUSES
-from pipeline import exit_status
+from pipeline.process import exit_status
 
 
 @pytest.fixture(scope="module")

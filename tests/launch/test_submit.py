@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from pipeline.slurm import (
+from pipeline.cluster.slurm import (
     Job,
     Resources,
     Variant,
@@ -27,6 +26,7 @@ from pipeline.slurm import (
     submit,
     variants,
 )
+from pipeline.errors import UserError
 
 RECIPE = """
 name: tiny

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from pipeline.environment import prepare_environment
+from pipeline.process.environment import prepare_environment
 
 prepare_environment()
 from pipeline.base import load_tokenizer

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.build_locks import ABANDONED_SECONDS, clear_abandoned_build_locks
+from pipeline.process.build_locks import ABANDONED_SECONDS, clear_abandoned_build_locks
 
 HOLDER = """
 import sys, time

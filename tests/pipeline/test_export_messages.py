@@ -21,8 +21,8 @@ from pipeline.adapter.files import read_settings, save_adapter, settings_of
 from pipeline.errors import UserError
 from pipeline.export.run import Form, Options, export
 from pipeline.lora_dropout import LoraDropout, folded_alpha
-from pipeline.model_card import write_model_card
 from pipeline.recipe import Recipe, recipe_to_yaml, schema
+from pipeline.run.model_card import write_model_card
 from pipeline.train import masked_layers_in_words
 
 PATTERN = {"q_proj": 0.5, r".*layers\.0\..*": 0.0}

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Base, Data, Recipe, Source
-from pipeline.run_folder import check_run_folder, create_run_folder
+from pipeline.run.folder import check_run_folder, create_run_folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import processes
+from pipeline.process import rank as processes
 
 TASK = {
     "SLURM_STEP_ID": "0",
@@ -25,7 +25,9 @@ TASK = {
     "SLURM_NTASKS": "64",  # of the job
 }
 ADOPTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SHOW = f"from pipeline.processes import *; import os; adopt_slurm_task(); print([os.environ.get(k) for k in {ADOPTED}])"
+SHOW = (
+    f"from pipeline.process.rank import *; import os; adopt_slurm_task(); print([os.environ.get(k) for k in {ADOPTED}])"
+)
 
 
 def adopted(**environment: str) -> list[str | None]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cluster.restarts import check_gain
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
 from pipeline.recipe.loader import output_and_name
-from pipeline.restarts import check_gain
 
 
 def stops(folder: Path, count: int, job: str = "7") -> None:

@@ -13,7 +13,7 @@ from training_support import random_rows, write_rows
 
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.run_folder import read_history
+from pipeline.run.folder import read_history
 from pipeline.supervision.bad_steps import StepGuard
 from pipeline.supervision.watch import Interrupted
 from pipeline.train import train

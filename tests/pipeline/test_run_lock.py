@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.run_lock import lock_file, only_run
+from pipeline.run.lock import lock_file, only_run
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline.run_lock import only_run
+from pipeline.run.lock import only_run
 with only_run(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -23,7 +23,7 @@ from pipeline.export.run import written_aside
 from pipeline.recipe import Recipe, RecipeError, load_recipe
 from pipeline.recipe.schema import Base, Eval, Source
 from pipeline.redaction import command_line, redacted
-from pipeline.run_folder import check_run_folder, create_run_folder, read_history, run_folder
+from pipeline.run.folder import check_run_folder, create_run_folder, read_history, run_folder
 
 TOKEN = "hf_" + "aB3dE5" * 6
 GOOD = "name: good\nbase: {model: ./base}\ndata: {train: [{path: rows.json}]}\n"

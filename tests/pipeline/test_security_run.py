@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run_folder import RUN_FILES
+from pipeline.run.folder import RUN_FILES
 
 SECRETS = {"HF_TOKEN": "hf_Canary7canary7Canary7canary7Canary", "WANDB_API_KEY": "a-canary-without-any-form"}
 AUDIT = Path(__file__).with_name("audit")

@@ -15,7 +15,7 @@ from pipeline.adapter.files import check_adapter_folder, load_adapter, read_sett
 from pipeline.distributed import check_launch
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, recipe_to_yaml, schema
-from pipeline.run_folder import check_run_folder, create_run_folder, run_folder
+from pipeline.run.folder import check_run_folder, create_run_folder, run_folder
 from pipeline.train import out_of_memory_advice, train
 from pipeline.trainer import LoraDropoutTrainer
 

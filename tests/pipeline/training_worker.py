@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository, for `pipeline`
 
-from pipeline.environment import prepare_environment
+from pipeline.process.environment import prepare_environment
 
 prepare_environment()
 
@@ -42,7 +42,7 @@ from pipeline.arguments import sft_config
 from pipeline.base import load_base, load_tokenizer
 from pipeline.data import load_rows, load_splits
 from pipeline.distributed import adapter_weights
-from pipeline.processes import is_main, launched
+from pipeline.process.rank import is_main, launched
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.trainer import LoraDropoutTrainer
 

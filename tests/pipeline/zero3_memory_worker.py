@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from pipeline.environment import prepare_environment
+from pipeline.process.environment import prepare_environment
 
 prepare_environment()
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from pipeline.processes import adopt_slurm_task
+from pipeline.process.rank import adopt_slurm_task
 
 adopt_slurm_task()
 arguments = sys.argv[1:]

@@ -22,7 +22,7 @@ import pytest
 from controller import NODES, Cluster
 from training import differences, wait_for_step, write_recipe
 
-from pipeline.slurm import Job, Resources, Variant, submit
+from pipeline.cluster.slurm import Job, Resources, Variant, submit
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 NASTY = ('a=it\'s "$HOME" `id` $(id) \\ *', "#no=comment; exit 1", "b=[x, 'y z']\n?", "c=", "ü=%j é  ", "--option")

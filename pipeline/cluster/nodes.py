@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from pipeline.errors import UserError
-from pipeline.processes import launched, local_world_size, rank, world_size
+from pipeline.process.rank import launched, local_world_size, rank, world_size
 
 
 @contextmanager

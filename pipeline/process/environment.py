@@ -10,8 +10,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from pipeline.build_locks import clear_abandoned_build_locks
-from pipeline.processes import adopt_slurm_task, launched
+from pipeline.process.build_locks import clear_abandoned_build_locks
+from pipeline.process.rank import adopt_slurm_task, launched
 
 
 def prepare_environment() -> None:

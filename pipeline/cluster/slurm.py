@@ -23,9 +23,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
 from pipeline.redaction import redacted
-from pipeline.run_folder import check_writable
+from pipeline.run.folder import check_writable
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 TEMPLATE = "job.sh.jinja"
 
 WARNING_SECONDS = 120

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.files import listed_checkpoints
 from pipeline.errors import UserError
-from pipeline.whole_file import write_json
+from pipeline.run.whole_file import write_json
 
 FRUITLESS_STOPS = 3
 """In a row, after which a job stays stopped. One may hit the start, or two."""

@@ -16,7 +16,7 @@ def write_model_card(recipe: Recipe, record: dict[str, Any], history: list[dict[
 
     Args:
         recipe: resolved.
-        record: from :func:`pipeline.provenance.provenance`.
+        record: from :func:`pipeline.run.provenance.provenance`.
         history: the records of ``history.jsonl``.
         folder: of the run.
     """

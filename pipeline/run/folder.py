@@ -21,7 +21,7 @@ from pipeline.checkpoint.files import listed_checkpoints, remove
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, recipe_to_yaml
 from pipeline.recipe.training import own_training
-from pipeline.whole_file import write_json, write_text
+from pipeline.run.whole_file import write_json, write_text
 
 HISTORY_FILE = "history.jsonl"
 RECIPE_FILE = "recipe.yaml"

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
-from pipeline.processes import is_main
+from pipeline.process.rank import is_main
 
 PATIENCE = 40.0
 """Seconds to wait for the holder: the ranks of a killed launcher may live for 30 s more."""

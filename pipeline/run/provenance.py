@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.base import base_identity
-from pipeline.processes import launched, world_size
+from pipeline.process.rank import launched, world_size
 from pipeline.recipe import Recipe, recipe_to_yaml
 from pipeline.redaction import command_line
 
@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 def git_state() -> dict[str, object] | None:
     """Commit and whether the work tree differs from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -1,0 +1,1 @@
+"""This process: its rank, its environment, the status it ends with."""
