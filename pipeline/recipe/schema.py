@@ -312,8 +312,9 @@ class Data(Section):
 class Distributed(Section):
     """What DeepSpeed shards. The number of processes is the launcher's, not the recipe's."""
 
-    zero: Literal[0, 1, 2, 3] = 2
-    """ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also the (4-bit) weights."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: 0 replicates, 1 shards optimizer states, 2 also gradients (an adapter's are small, and are then sent
+    after every micro-batch, not once per step), 3 also the (4-bit) weights."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep optimizer states (ZeRO 1-3), or weights too (ZeRO 3), in CPU memory."""
     communication_log: bool = False
