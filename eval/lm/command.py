@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import ArgumentError, ArgumentParser
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
@@ -144,7 +147,7 @@ def main() -> None:
         print(f"--model {NAME} --model_args takes:\n{help_text()}\n\nThe rest is lm-eval's own:\n")
     if any(argument == "-c" or argument.startswith("--use_c") for argument in arguments):
         raise UserError(NO_CACHE)  # before anything is loaded; LoraDropoutLM finds it in a --config file too
-    if any(argument.startswith("--cache_r") for argument in arguments):
+    if any(argument.startswith("--cache_r") for argument in arguments) or _config_file(arguments).get("cache_requests"):
         raise UserError(NO_PICKLES)
     sys.argv = [sys.argv[0], *with_our_tasks(arguments)]
     try:
@@ -156,6 +159,18 @@ def main() -> None:
             "  2. instances lower (a smaller ensemble)\n"
             "  3. quantization=nf4, if the adapter was trained on it"
         ) from error
+
+
+def _config_file(arguments: list[str]) -> dict[str, Any]:
+    """What lm-eval's ``--config`` file says; nothing where lm-eval will refuse it in its own words."""
+    parser = ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--config", "-C")
+    try:
+        named = parser.parse_known_args(arguments)[0].config
+        found = yaml.safe_load(Path(named).read_text()) if named else None
+    except (ArgumentError, OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def with_our_tasks(arguments: list[str]) -> list[str]:

@@ -126,6 +126,28 @@ class Job:
         return self.logs / f"{self.name}-{number}{'_*' if self.array else ''}.log"
 
 
+def seconds_of(limit: str) -> int | None:
+    """Of a time limit as sbatch takes it: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``; else None."""
+    days, dash, clock = limit.rpartition("-")
+    fields = clock.split(":")
+    if not all(field.isascii() and field.isdigit() for field in ([days] if dash else []) + fields) or len(fields) > 3:
+        return None
+    units = (3600, 60, 1) if dash or len(fields) == 3 else (60, 1)
+    return int(days or 0) * 86_400 + sum(unit * int(field) for unit, field in zip(units, fields, strict=False))
+
+
+def short_limit(limit: str | None) -> str | None:
+    """What to say of a time limit that leaves a run less time to train than it gets to stop."""
+    seconds = None if limit is None else seconds_of(limit)
+    if seconds is None or seconds > 2 * WARNING_SECONDS:
+        return None
+    return (
+        f"--time {limit}: SLURM stops a run {WARNING_SECONDS} s before its limit, which leaves this one "
+        f"{max(seconds - WARNING_SECONDS, 0)} s each time, its start included.\n"
+        "A job that SLURM has started three times without a newer checkpoint is ended."
+    )
+
+
 def job_script(job: Job) -> str:
     """The text for sbatch; no word of the user's is read by a shell."""
     environment = Environment(

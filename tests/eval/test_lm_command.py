@@ -213,6 +213,16 @@ def test_lm_evals_cache_is_refused(adapter: Path, task_folder: Path, tmp_path: P
             command.main()
 
 
+def test_lm_evals_pickled_requests_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    """On the command line as in a file of settings."""
+    (tmp_path / "settings.yaml").write_text("cache_requests: {cache_requests: true}\n")
+    settings = str(tmp_path / "settings.yaml")
+    for words in (["--cache_requests", "true"], ["--config", settings], [f"-C{settings}"]):
+        monkeypatch.setattr(sys, "argv", ["lm-eval", "--model", NAME, "--tasks", "tiny_choice", *words])
+        with pytest.raises(UserError, match="--cache_requests: lm-eval keeps requests as pickles"):
+            command.main()
+
+
 def test_bad_input_ends_with_its_status_and_a_sentence(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["lm-eval", "--model", NAME, "--use_cache", "x"])
     with pytest.raises(SystemExit) as ended:

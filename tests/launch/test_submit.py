@@ -23,6 +23,8 @@ from pipeline.cluster.slurm import (
     job_script,
     jobs,
     parsed_seeds,
+    seconds_of,
+    short_limit,
     submit,
     variants,
 )
@@ -198,3 +200,23 @@ def test_any_word_reaches_the_program(
     where, given_words = json.loads(done.stdout.splitlines()[-1])
     assert where == str(folder)
     assert given_words[1:] == [*words, "name=n1", *overrides]
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        *(("30", 1800), ("2:30", 150), ("1:02:03", 3723), ("1-0", 86_400), ("1-2:30", 95_400), ("2-00:00:01", 172_801)),
+        *(("infinite", None), ("1:2:3:4", None), ("-5", None), ("²", None), ("", None)),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(limit: str, seconds: int | None) -> None:
+    assert seconds_of(limit) == seconds
+    assert (short_limit(limit) is None) == (seconds is None or seconds > 240)
+
+
+def test_a_limit_that_leaves_no_time_to_train_is_told(repository: Path, recipe: Path) -> None:
+    found = run(repository, recipe.parent, str(recipe), "--time", "0:03:00", "--gpus", "0", "--dry-run")
+    assert found.returncode == 0 and "#SBATCH --time=" in found.stdout
+    assert "warning: --time 0:03:00: SLURM stops a run 120 s before" in found.stderr
+    assert "which leaves this one 60 s each time" in found.stderr
+    assert "warning" not in run(repository, recipe.parent, str(recipe), "--time", "8:00:00", "--dry-run").stderr
