@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,9 +204,28 @@ def restore_training_state(trainer: ResumableTrainer, checkpoint: Path) -> None:
     """Put a checkpoint into a trainer that has its engine and optimizer, but has made no step; every rank calls it.
 
     Raises:
-        UserError: a rank cannot see the checkpoint; it was saved without the optimizer's state.
+        UserError: a rank cannot see the checkpoint; it was saved without the optimizer's state; another version, or
+            another program, wrote it.
     """
     check_seen_by_all(checkpoint)
+    with _foreign_is_told(checkpoint):
+        _restore(trainer, checkpoint)
+
+
+@contextmanager
+def _foreign_is_told(checkpoint: Path) -> Iterator[None]:
+    """Context in which a checkpoint that is whole, but not as this version writes it, is refused in words."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise UserError(
+            f"{checkpoint}: its files are whole, but not what this version writes ({type(error).__name__}: {error}).\n"
+            "Go on with the version that wrote it (the run's provenance.json names it), or begin anew with --overwrite."
+        ) from error
+
+
+def _restore(trainer: ResumableTrainer, checkpoint: Path) -> None:
+    """The parts of :func:`restore_training_state`."""
     restore_weights(trainer.adapted, checkpoint)
     if not (checkpoint / OPTIMIZER_FILE).exists():
         raise UserError(
@@ -247,15 +268,18 @@ def restore_weights(model: PeftModel, checkpoint: Path) -> None:
         raise UserError(f"{checkpoint / WEIGHTS_FILE}: its weights are not those of this recipe's adapter")
     with whole_parameters(list(parameters.values()), written_by=0), torch.no_grad():
         for name, parameter in parameters.items():
+            if saved[names[name]].shape != parameter.shape:  # copy_ would repeat a smaller one
+                raise ValueError(f"{names[name]} has the shape {tuple(saved[names[name]].shape)}")
             if is_main() or not is_zero_3():  # ZeRO-3 passes rank 0's on
                 parameter.data.copy_(saved[names[name]])
 
 
 def restore_random(checkpoint: Path) -> None:
     """The generators of this rank, where the checkpoint has it."""
-    by_rank = json.loads((checkpoint / RANDOM_FILE).read_bytes())
-    if rank() < len(by_rank):
-        restore_random_state(by_rank[rank()])
+    with _foreign_is_told(checkpoint):
+        by_rank = json.loads((checkpoint / RANDOM_FILE).read_bytes())
+        if rank() < len(by_rank):
+            restore_random_state(by_rank[rank()])
 
 
 def trained_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
@@ -274,8 +298,11 @@ def saved_names(model: PeftModel) -> dict[str, str]:
 def _read_states(model: PeftModel, checkpoint: Path) -> States:
     """The optimizer's states, with the float32 weights as their own masters."""
     states: States = {}
+    known = trained_parameters(model)
     for key, tensor in load_file(str(checkpoint / OPTIMIZER_FILE)).items():
         what, _, name = key.partition(".")
+        if name not in known:
+            raise LookupError(f"{OPTIMIZER_FILE} has {key}, which is of no trained parameter")
         states.setdefault(what, {})[name] = tensor
     saved = load_file(str(checkpoint / WEIGHTS_FILE))
     masters = states.setdefault(MASTER, {})

@@ -9,8 +9,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from training_support import random_rows, write_rows
 
+from pipeline.checkpoint.files import sha256_of
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.run.folder import read_history
@@ -184,6 +186,29 @@ def test_what_cannot_be_gone_on_from_is_refused(work: Path, tmp_path: Path) -> N
         broken = cut_off(work, "broken", 4) / "checkpoints" / "checkpoint-4"
         (broken / "rng.json").unlink()
         train(recipe(work, "name=new", f"training.resume={broken}"))
+
+
+@pytest.mark.parametrize("spoilt", ["state.json", "rng.json", "adapter_model.safetensors", "optimizer.safetensors"])
+def test_a_whole_checkpoint_of_another_kind_is_refused_in_words(work: Path, spoilt: str) -> None:
+    """Its hashes are right; its content is not what is written here."""
+    checkpoint = cut_off(work, f"foreign-{spoilt}", 4) / "checkpoints" / "checkpoint-4"
+    file = checkpoint / spoilt
+    if spoilt == "state.json":
+        state = json.loads(file.read_text())
+        del state["rates"]
+        file.write_text(json.dumps(state))
+    elif spoilt == "rng.json":
+        file.write_text('[{"python": "nothing"}]')
+    else:
+        tensors = load_file(file)
+        first = next(iter(tensors))
+        tensors[first] = tensors[first].flatten()[:1]  # would be repeated
+        save_file(tensors if spoilt.startswith("adapter") else {"exp_avg": tensors[first]}, file)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][spoilt] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"checkpoint-4: its files are whole, but not what this version writes \("):
+        train(recipe(work, f"name=foreign-{spoilt}"))
 
 
 def test_the_best_checkpoint_is_kept_and_loaded(work: Path) -> None:
