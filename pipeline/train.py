@@ -129,7 +129,7 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool, held: ExitStack) 
     model = load_base(recipe.base)
     checkpoint = whole_checkpoint(origin)
     before = None if overwrite else read_status(folder)
-    _prepare_folder(recipe, origin, checkpoint)
+    _prepare_folder(recipe, origin, checkpoint, overwrite)
     status = RunStatus(folder, recipe.supervision.heartbeat_seconds, goes_on=evaluated, before=before)
     watched = supervised(folder, recipe.supervision, [status.beat])
     with rank_log(folder), watched as supervisor, _memory_advice(recipe), _disk_advice(recipe):
@@ -206,7 +206,7 @@ def _disk_advice(recipe: Recipe) -> Iterator[None]:
         raise
 
 
-def _prepare_folder(recipe: Recipe, origin: Origin, checkpoint: Path | None) -> None:
+def _prepare_folder(recipe: Recipe, origin: Origin, checkpoint: Path | None, overwrite: bool) -> None:
     """Begin the run's folder anew, or get it ready to go on; rank 0, while the others wait.
 
     Raises:
@@ -216,7 +216,7 @@ def _prepare_folder(recipe: Recipe, origin: Origin, checkpoint: Path | None) -> 
     if is_main():
         try:
             if checkpoint is None or checkpoint.parent.parent != run_folder(recipe):
-                create_run_folder(recipe, origin.identity)
+                create_run_folder(recipe, origin.identity, overwrite)
             else:
                 continue_run_folder(recipe, read_progress(checkpoint).step)
         except UserError as error:

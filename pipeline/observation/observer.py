@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.observation.progress import NAMES
+from pipeline.observation.progress import renamed
 from pipeline.observation.rank_log import LOG
 from pipeline.observation.status import RunStatus
 from pipeline.process.rank import is_main
@@ -49,7 +49,7 @@ class RunObserver(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """A training line, or what was measured."""
-        record = {ours: float(logs[theirs]) for theirs, ours in NAMES.items() if theirs in logs} if logs else {}
+        record = renamed(logs or {})
         if not record:
             return
         LOG.info("step" if "loss" in record else "measured", extra={"step": state.global_step, **record})

@@ -58,6 +58,11 @@ WORTH_A_WORD = 0.005
 """A smaller share of time spent waiting for data is not mentioned on the screen."""
 
 
+def renamed(logs: dict[str, Any]) -> dict[str, float]:
+    """What transformers logs, under our names; what has none is left out."""
+    return {ours: float(logs[theirs]) for theirs, ours in NAMES.items() if theirs in logs}
+
+
 def plain_words(record: dict[str, Any], steps: int) -> str:
     """One line for a person.
 
@@ -98,7 +103,7 @@ class PlainWordsCallback(ProgressCallback):
         """Say and keep what was logged."""
         if not state.is_world_process_zero or logs is None:
             return
-        record = {ours: float(logs[theirs]) for theirs, ours in NAMES.items() if theirs in logs}
+        record = renamed(logs)
         if "loss" in record:
             self._speak(state, record)
         elif record:

@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe, recipe_to_yaml
 from pipeline.recipe.training import own_training
 from pipeline.run.whole_file import write_json, write_text
+from pipeline.supervision.ranks import RANKS_FOLDER
 
 HISTORY_FILE = "history.jsonl"
 RECIPE_FILE = "recipe.yaml"
@@ -32,7 +33,7 @@ RUN_FILES = frozenset(
     (
         *("adapter_model.safetensors", "adapter_config.json", "lora_dropout.json"),
         *(RECIPE_FILE, PROVENANCE_FILE, IDENTITY_FILE, "README.md"),
-        *(HISTORY_FILE, "runs", CHECKPOINTS_FOLDER, "status.json", "ranks", "bad-steps.jsonl"),
+        *(HISTORY_FILE, "runs", CHECKPOINTS_FOLDER, "status.json", RANKS_FOLDER),
     )
 )
 """All that a run writes into its folder, and so all that may be deleted with it."""
@@ -150,20 +151,28 @@ def has_finished(folder: Path) -> bool:
         return False
 
 
-def create_run_folder(recipe: Recipe, identity: dict[str, Any]) -> Path:
+def create_run_folder(recipe: Recipe, identity: dict[str, Any], overwrite: bool = False) -> Path:
     """Delete what :func:`check_run_folder` allowed to delete, and start the folder with the resolved recipe.
 
     Args:
         recipe: whose folder it is.
         identity: see :func:`pipeline.checkpoint.identity.identity_of`.
+        overwrite: as there. Without it, logs of attempts that ended before their first checkpoint stay.
     """
     folder = run_folder(recipe)
     if folder.exists() and any(folder.iterdir()):
         check_deletable(folder)
-        remove(folder)
+        if overwrite:
+            remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / IDENTITY_FILE, identity)  # first: a folder with it is a run's
     write_text(folder / RECIPE_FILE, recipe_to_yaml(recipe))
+    for entry in folder.iterdir():
+        if entry.is_symlink() or entry.is_file():
+            if entry.name not in (IDENTITY_FILE, RECIPE_FILE):
+                entry.unlink()
+        elif entry.name != RANKS_FOLDER:
+            remove(entry)
     return folder
 
 

@@ -284,6 +284,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     parser.add_argument("--only", type=lambda names: names.split(","), default=list(CASES))
     arguments = parser.parse_args()
+    if arguments.folder.exists():
+        parser.error(f"--folder: {arguments.folder} exists; expected a new folder")
     arguments.folder.mkdir(parents=True)
     print(f"--seed {arguments.seed}", flush=True)
     place = prepare(arguments.folder.resolve(), random.Random(arguments.seed))

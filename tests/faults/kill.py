@@ -228,6 +228,8 @@ def main() -> None:
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the settings")
     parser.add_argument("--first", type=int, default=0, help="the first moment of the seed's sequence")
     arguments = parser.parse_args()
+    if arguments.folder.exists():
+        parser.error(f"--folder: {arguments.folder} exists; expected a new folder")
     arguments.folder.mkdir(parents=True)
     folder = arguments.folder.resolve()
     print(f"--seed {arguments.seed}", flush=True)

@@ -23,7 +23,7 @@ def test_what_kills_leave_is_no_obstacle(tmp_path: Path, recipe: Recipe) -> None
         ["identity.json.part"],
         ["identity.json"],
         ["identity.json", "recipe.yaml"],
-        ["identity.json", "recipe.yaml", "status.json", ".status.json.4711", "ranks", "history.jsonl.part"],
+        ["identity.json", "recipe.yaml", "status.json", ".status.json.4711", "history.jsonl.part"],
     ]
     for names in left:
         folder.mkdir()
@@ -35,6 +35,19 @@ def test_what_kills_leave_is_no_obstacle(tmp_path: Path, recipe: Recipe) -> None
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
+
+
+def test_logs_of_attempts_without_a_checkpoint_stay(recipe: Recipe) -> None:
+    """What killed them may stand there; --overwrite deletes them."""
+    folder = create_run_folder(recipe, {"seed": 1})
+    (folder / "ranks").mkdir()
+    (folder / "ranks" / "rank-0.jsonl").write_text("{}\n")
+    (folder / "checkpoints").mkdir()
+    create_run_folder(recipe, {"seed": 1})
+    assert sorted(path.name for path in folder.iterdir()) == ["identity.json", "ranks", "recipe.yaml"]
+    assert (folder / "ranks" / "rank-0.jsonl").exists()
+    create_run_folder(recipe, {"seed": 1}, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["identity.json", "recipe.yaml"]
 
 
 @pytest.mark.parametrize("names", [["thesis.tex"], ["identity.json", "recipe.yaml", "thesis.tex"], ["recipe.yaml"]])
