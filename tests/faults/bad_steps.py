@@ -1,14 +1,15 @@
 """Bad steps under every engine: what `skip` leaves out, and where `stop` ends. Not collected: about 3 minutes.
 
-    python tests/faults/bad_steps.py FOLDER [MODE-STAGE ...]        e.g. skip-3 stop-0
-    torchrun --nproc_per_node 2 tests/faults/bad_steps.py FOLDER [MODE-STAGE ...]
+    python tests/faults/bad_steps.py --folder /tmp/steps [MODE-STAGE ...]        e.g. skip-3 stop-0
+    torchrun --nproc_per_node 2 tests/faults/bad_steps.py --folder /tmp/steps [MODE-STAGE ...]
 
 Real trainers on the pocket base; the third step's loss, or the gradient of one weight, is spoilt on the last rank only,
-or the loss is 0 on all. FOLDER is empty. Printed is one line for each case, and at the end how many failed.
+or the loss is 0 on all. Printed is one line for each case, and at the end how many failed.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import sys
@@ -155,8 +156,15 @@ def judged_stop(output: Path, kind: str, told: str) -> str:
 
 
 def main() -> int:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder")
+    parser.add_argument("parts", nargs="*", metavar="MODE-STAGE", help="of skip and stop, 0 to 3; by default all")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
     if is_main():
+        if folder.exists():
+            parser.error(f"--folder: {folder} exists; expected a new folder")
+        folder.mkdir(parents=True)
         rows = [{"instruction": f"Say {number}", "output": str(number) * 3} for number in range(40)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "recipe.yaml").write_text(f"""
@@ -176,7 +184,7 @@ training: {{max_steps: {STEPS}, per_device_train_batch_size: 2, logging_steps: 1
         for zero in range(4) if launched() else (0,):
             for dtype in ("float32", "bfloat16"):
                 for kind in KINDS:
-                    if f"{mode}-{zero}" not in (sys.argv[2:] or f"{mode}-{zero}"):
+                    if f"{mode}-{zero}" not in (arguments.parts or f"{mode}-{zero}"):
                         continue
                     wrong = run(folder, zero, dtype, kind, mode)
                     everyone = [line for line in gather_object([wrong]) if line] if world_size() > 1 else [wrong]

@@ -1,14 +1,15 @@
 """Signals under every launcher: is a checkpoint kept, do all processes end in time, with which status?
 
-    python tests/faults/signals.py FOLDER [CASE ...]
+    python tests/faults/signals.py --folder /tmp/signals [CASE ...]
 
-FOLDER is empty; a case is launcher-target-signal, e.g. deepspeed-launcher-SIGKILL. About a minute each, by default all.
+A case is launcher-target-signal, e.g. deepspeed-launcher-SIGKILL. About a minute each, by default all.
 Targets: ``group``, all processes at once, as by Ctrl-C; ``launcher``, the command alone; ``inner``, deepspeed's
 launcher.launch alone; ``ranks``; ``rank1``. Printed is one line for each case, and at the end how many failed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -115,11 +116,20 @@ def run(case: str, recipe: Path) -> str:
 
 
 def main() -> int:
-    folder = Path(sys.argv[1])
-    recipe = write_recipe(folder, REPOSITORY / "recipes/pocket/base")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    arguments = parser.parse_args()
+    unknown = set(arguments.cases) - CASES.keys()
+    if unknown:
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    if arguments.folder.exists():
+        parser.error(f"--folder: {arguments.folder} exists; expected a new folder")
+    arguments.folder.mkdir(parents=True)
+    recipe = write_recipe(arguments.folder, REPOSITORY / "recipes/pocket/base")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     failed = 0
-    cases = sys.argv[2:] or list(CASES)
+    cases = arguments.cases or list(CASES)
     for case in cases:
         wrong = run(case, recipe)
         failed += bool(wrong)

@@ -1,6 +1,6 @@
 """What the suite has no time for: trainings on a real SLURM controller, stopped in every way, by hand.
 
-python tests/slurm/full.py [FOLDER]     about 10 minutes on 4 cores; needs root, slurm-wlm and munge
+python tests/slurm/full.py --folder /tmp/trainings     about 10 minutes on 4 cores; needs root, slurm-wlm and munge
 
 2 nodes x 2 ranks. Each way of stopping ends in a requeued job that goes on, and whose per-step losses are those of an
 uninterrupted run, bit for bit.
@@ -8,6 +8,7 @@ uninterrupted run, bit for bit.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -178,8 +179,12 @@ def on_the_nodes_disk(trainings: Trainings) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="trainings-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder")
+    folder = parser.parse_args().folder.resolve()
+    if folder.exists():
+        parser.error(f"--folder: {folder} exists; expected a new folder")
+    folder.mkdir(parents=True)
     with started_cluster(Path(tempfile.mkdtemp(prefix="slurm-"))) as cluster:
         trainings = Trainings(cluster, folder)
         for part in (stopped_in_every_way, seeds_and_evaluations, failures, on_the_nodes_disk):
