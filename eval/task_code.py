@@ -1,4 +1,4 @@
-"""Code that a task would bring along, looked for before any of it is loaded.
+"""Code that a task would bring along, looked for before any of it is run.
 
 A task file's own ``!function`` is code by design, like a recipe's task folders: yours, or lm-eval's. Two things come
 from elsewhere: metrics that lm-eval does not have, which it fetches from the Hub and runs, and tasks that run what the
@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import lm_eval.api.metrics  # noqa: F401  fills the registry
 from lm_eval.api.registry import METRIC_REGISTRY
+from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # private, as in eval/local_task.py
 
 from pipeline.errors import UserError
 
 Configuration = Mapping[str, Any]
+
+GROUP_KEYS = {key.name for key in fields(GroupConfig)}
+"""Of a group's file; every other key goes to all of its tasks."""
 
 CHOICE_METRICS = frozenset(
     ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "f1", "mcc", "brier_score", "likelihood")
@@ -36,7 +40,8 @@ def spare_needless_fetches(names: Sequence[str], manager: TaskManager) -> None:
 
     Args:
         names: of tasks, groups and tags.
-        manager: that knows them; the entries of such tasks are replaced in its index.
+        manager: that knows them; the entries of such tasks are replaced in its index, and lm-eval calls their
+            ``config_source`` "inline".
     """
     for found in {str(found.get("task")) for name in names for found in configurations_of(name, manager, ())}:
         entry = manager.task_index.get(found)
@@ -71,8 +76,8 @@ def check_task_code(names: Sequence[str], manager: TaskManager) -> None:
         foreign = foreign_metrics(found)
         if foreign:
             raise UserError(
-                f"eval.tasks: {found.get('task')} is scored by {', '.join(foreign)}, which lm-eval does not have: it "
-                "would fetch the metric's code from the Hub and run it, which is not done here.\n"
+                f"eval.tasks: {found.get('task')} is scored by {', '.join(foreign)}, for which lm-eval would fetch "
+                "code from the Hub and run it, which is not done here.\n"
                 "Choose another task, or name a function of your own in a copy of its file (metric: !function ...), or "
                 "leave hf_evaluate out where lm-eval has the metric."
             )
@@ -111,11 +116,13 @@ def configurations_of(name: str, manager: TaskManager, above: tuple[str, ...]) -
     if not isinstance(members, list):
         yield found
         return
+    for_all = {key: value for key, value in found.items() if key not in GROUP_KEYS}
     for member in members:
         settings = member if isinstance(member, dict) else {}
         inner = settings.get("task") or settings.get("group") if settings else member
         if isinstance(inner, str) and inner not in above and inner in manager.task_index:
             for of_inner in configurations_of(inner, manager, (*above, name)):
-                yield {**of_inner, **{key: value for key, value in settings.items() if key not in ("task", "group")}}
+                own = {key: value for key, value in settings.items() if key not in ("task", "group")}
+                yield {**of_inner, **for_all, **own}
         elif settings:
-            yield settings
+            yield {**for_all, **settings}

@@ -39,9 +39,12 @@ def sft(
 
         check_tasks(recipe)
         check_deep_ensemble(recipe, adapter=None)
+    from pipeline.process.rank import is_main
     from pipeline.train import train
 
     evaluates = evaluation and bool(recipe.eval.tasks)
+    if evaluation and not evaluates and is_main():
+        print("no evaluation follows the training: eval.tasks is empty")
     folder = train(recipe, overwrite=overwrite, evaluated=evaluates)
     if evaluates:
         from eval.run import evaluate

@@ -55,14 +55,14 @@ def submit(
     from pipeline.process.environment import prepare_environment
 
     prepare_environment()
-    from pipeline.cluster.slurm import Resources, dependency, job_script, jobs, parsed_seeds, short_limit
+    from pipeline.cluster.slurm import Resources, dependency, job_script, jobs, missing_data, parsed_seeds, short_limit
     from pipeline.cluster.slurm import submit as submitted
 
     resources = Resources(nodes, tasks or max(gpus, 1), gpus, cpus, time, partition, account, tuple(sbatch or []))
     seeds = [] if array is None else parsed_seeds(array)
     planned = jobs(recipe_file, overrides or [], resources, seeds, sweep or [], evaluate, local_output)
-    warning = short_limit(time)
-    if warning is not None:
+    limit = short_limit(resources)
+    for warning in [*missing_data(recipe_file, overrides or []), *([limit] if limit else [])]:
         print(f"warning: {warning}", file=sys.stderr)
     if dry_run:
         for place, job in enumerate(planned):

@@ -6,7 +6,7 @@ import errno
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.trainer_callback import ProgressCallback
 from pipeline.adapter.files import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, save_adapter, settings_of
 from pipeline.arguments import check_reporters, sft_config
 from pipeline.base import check_device, check_length, load_base, load_config, load_tokenizer
-from pipeline.checkpoint.files import synchronise
+from pipeline.checkpoint.files import check_space, synchronise
 from pipeline.checkpoint.optimizer import check_optimizer
 from pipeline.checkpoint.resume import Origin, origin_of, told, whole_checkpoint
 from pipeline.checkpoint.training_state import read_progress
@@ -36,8 +36,10 @@ from pipeline.observation.progress import PlainWordsCallback
 from pipeline.observation.rank_log import rank_log
 from pipeline.observation.status import RunStatus, read_status
 from pipeline.observation.throughput import Throughput
+from pipeline.preflight.estimate import PLAIN
 from pipeline.preflight.execution import Choice, execution_in_force
-from pipeline.preflight.numbers import model_shape
+from pipeline.preflight.numbers import ModelShape, model_shape, numerics_of
+from pipeline.preflight.storage import checkpoint_bytes
 from pipeline.process.environment import keep_freed_memory
 from pipeline.process.exit_status import FINISHED
 from pipeline.process.rank import is_main, launched, world_size
@@ -112,6 +114,8 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool, held: ExitStack) 
         tokenizer = load_tokenizer(recipe.base)
         splits = cached_splits(recipe, tokenizer)
         origin = origin_of(recipe, splits, overwrite)
+        if is_main() and not overwrite and not origin.finished:
+            _check_room(recipe, shape)
     arguments = sft_config(recipe, folder, origin.accumulation)
     check_same_everywhere(folder, origin.in_words)
     if origin.finished:
@@ -149,12 +153,13 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool, held: ExitStack) 
             guard=guard,
         )
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(PlainWordsCallback(folder / HISTORY_FILE))  # in its place
+        progress = PlainWordsCallback(folder / HISTORY_FILE)  # in its place
+        trainer.add_callback(progress)
         trainer.add_callback(RunObserver(status))
         supervision = SupervisionCallback(supervisor, guard)
         trainer.add_callback(supervision)  # last
         _announce(trainer, splits, choice, told(checkpoint, trainer.progress()))
-        with supervisor.watch.deferring():
+        with supervisor.watch.deferring(), closing(progress):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if supervision.stopped:
                 raise supervisor.watch.interrupted()
@@ -168,6 +173,24 @@ def _trained(recipe: Recipe, overwrite: bool, evaluated: bool, held: ExitStack) 
         del trainer, model
         _release_memory()
     return folder
+
+
+def _check_room(recipe: Recipe, shape: ModelShape) -> None:
+    """Refuse a disk that does not hold a single checkpoint, before the base is loaded.
+
+    Raises:
+        UserError: says what one takes, and what is free.
+    """
+    training, place = resolved_training(recipe), run_folder(recipe).absolute()
+    if training["save_strategy"] == "no":
+        return
+    while not place.exists():
+        place = place.parent
+    stage, resumable = (zero_stage(recipe) if launched() else PLAIN), not training["save_only_model"]
+    try:
+        check_space(place, checkpoint_bytes(shape, numerics_of(recipe), stage, world_size(), resumable))
+    except UserError as error:
+        raise UserError(f"output: {error}\nMake room, or choose another output.") from error
 
 
 def _throughput(recipe: Recipe, work: TokenWork | None, splits: Splits) -> Throughput:

@@ -147,7 +147,7 @@ def main() -> None:
         print(f"--model {NAME} --model_args takes:\n{help_text()}\n\nThe rest is lm-eval's own:\n")
     if any(argument == "-c" or argument.startswith("--use_c") for argument in arguments):
         raise UserError(NO_CACHE)  # before anything is loaded; LoraDropoutLM finds it in a --config file too
-    if any(argument.startswith("--cache_r") for argument in arguments) or _config_file(arguments).get("cache_requests"):
+    if any(argument.startswith("--ca") for argument in arguments) or _config_file(arguments).get("cache_requests"):
         raise UserError(NO_PICKLES)
     sys.argv = [sys.argv[0], *with_our_tasks(arguments)]
     try:
@@ -163,7 +163,7 @@ def main() -> None:
 
 def _config_file(arguments: list[str]) -> dict[str, Any]:
     """What lm-eval's ``--config`` file says; nothing where lm-eval will refuse it in its own words."""
-    parser = ArgumentParser(add_help=False, exit_on_error=False)
+    parser = ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", "-C")
     try:
         named = parser.parse_known_args(arguments)[0].config

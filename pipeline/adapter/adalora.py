@@ -30,7 +30,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -38,6 +38,7 @@ from pipeline.adapter.config import ADAPTER_NAME, freeze_rank_numbers
 from pipeline.errors import UserError
 from pipeline.process.rank import is_main
 from pipeline.recipe import schema
+from pipeline.run.tensor_file import write_tensors
 
 STATE_FILE = "adalora.safetensors"
 _KINDS = ("lora_A", "lora_E", "lora_B")
@@ -188,7 +189,7 @@ class RankAllocation(TrainerCallback):
         for title, smoothed in (("importance", self.importance), ("uncertainty", self.uncertainty)):
             for name, kinds in smoothed.items():
                 tensors |= {f"{title}.{name}.{kind}": value.contiguous() for kind, value in kinds.items()}
-        save_file(tensors, str(folder / STATE_FILE))
+        write_tensors(folder / STATE_FILE, tensors)
 
     def restore(self, folder: Path) -> None:
         """Read it back.

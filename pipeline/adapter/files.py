@@ -16,13 +16,13 @@ from peft import PeftModel
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.export.manifest import read_manifest
 from pipeline.lora_dropout import LoraDropout
 from pipeline.recipe import schema
+from pipeline.run.tensor_file import write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -94,7 +94,7 @@ def save_adapter(model: PeftModel, weights: dict[str, torch.Tensor], settings: A
     inference_mode, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference_mode
-    save_file(weights, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
     (folder / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
 

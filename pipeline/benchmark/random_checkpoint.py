@@ -10,7 +10,6 @@ import transformers
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapter.config import lora_config
@@ -20,6 +19,7 @@ from pipeline.checkpoint.files import write_checkpoint
 from pipeline.checkpoint.random_state import random_state
 from pipeline.checkpoint.training_state import OPTIMIZER_FILE, RANDOM_FILE
 from pipeline.recipe import Recipe
+from pipeline.run.tensor_file import write_tensors
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 """What AdamW and a 16-bit engine keep of each parameter, in float32."""
@@ -61,7 +61,7 @@ class RandomState:
 
         def write_files(part: Path) -> None:
             save_adapter(self.model, self.weights, settings_of(self.recipe.adapter, self.recipe.seed), part)
-            save_file(self.states, str(part / OPTIMIZER_FILE))
+            write_tensors(part / OPTIMIZER_FILE, self.states)
             (part / RANDOM_FILE).write_text(json.dumps([random_state()] * self.ranks))
 
         return write_checkpoint(folder, step, write_files)

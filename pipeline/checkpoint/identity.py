@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pipeline.base import base_fingerprint
@@ -100,4 +101,8 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _shown(identity: dict[str, Any], key: str) -> str:
-    return repr(identity[key]) if key in identity else "nothing"
+    return _HASH.sub(r"\1...", repr(identity[key])) if key in identity else "nothing"
+
+
+_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+"""SHA-256: its beginning tells two apart."""

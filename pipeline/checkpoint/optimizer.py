@@ -21,6 +21,9 @@ from pipeline.recipe.training import resolved_training
 MASTER = "master"
 """Of a 16-bit parameter: its float32 original, on which the optimizer works."""
 
+MOMENTS = frozenset(("exp_avg", "exp_avg_sq"))
+"""Of AdamW: one number for each weight."""
+
 States = dict[str, dict[str, torch.Tensor]]
 """What -> parameter -> tensor, on the CPU: masters and moments shaped like the parameter, counters without axes."""
 

@@ -18,9 +18,15 @@ from pipeline.errors import UserError
 from pipeline.process.rank import is_main, world_size
 from pipeline.recipe import Recipe
 from pipeline.recipe.training import own_training, resolved_training
-from pipeline.run.folder import CHECKPOINTS_FOLDER, IDENTITY_FILE, has_finished, holds_run, run_folder
-
-AUTO, NEVER = "auto", "never"
+from pipeline.run.folder import (
+    AUTO,
+    CHECKPOINTS_FOLDER,
+    IDENTITY_FILE,
+    NEVER,
+    has_finished,
+    holds_run,
+    run_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def origin_of(recipe: Recipe, splits: Splits, overwrite: bool) -> Origin:
         accumulation = _kept_accumulation(progress, micro_batch, accumulation)
     identity = identity_of(recipe, splits, accumulation * micro_batch * world_size())
     if resume == AUTO and holds_run(folder):
-        _check_same(folder, folder, identity)
+        _check_same(folder, folder, identity, ANEW)
         return Origin(identity, accumulation, has_finished(folder), source, progress)
     if resume in (AUTO, NEVER):
         return Origin(identity, accumulation)
@@ -77,7 +83,7 @@ def origin_of(recipe: Recipe, splits: Splits, overwrite: bool) -> Origin:
             "Give a run's folder, or one of the folders checkpoint-<step> in its checkpoints/."
         )
     assert source is not None
-    _check_same(source, _newest_listed(source).folder, identity)
+    _check_same(source, _newest_listed(source).folder, identity, "or begin without training.resume.")
     return Origin(identity, accumulation, source=source, progress=progress)
 
 
@@ -132,13 +138,17 @@ def _kept_accumulation(progress: Progress, micro_batch: int, accumulation: int) 
     )
 
 
-def _check_same(place: Path, holder: Path, identity: dict[str, Any]) -> None:
+ANEW = "or give this run another name (name=...); or pass --overwrite to delete what is there and begin anew."
+
+
+def _check_same(place: Path, holder: Path, identity: dict[str, Any], otherwise: str) -> None:
     """Refuse what belongs to another experiment, and list how it differs.
 
     Args:
         place: as named in the message.
         holder: the folder with the identity's file.
         identity: of this run.
+        otherwise: what to do but undo the changes.
     """
     try:
         saved = json.loads((holder / IDENTITY_FILE).read_bytes())
@@ -154,8 +164,7 @@ def _check_same(place: Path, holder: Path, identity: dict[str, Any]) -> None:
         listed = "\n".join(f"  {line}" for line in changed)
         raise UserError(
             f"{place}: holds another experiment, in which this one cannot go on. It differs in\n{listed}\n"
-            "Undo these changes to go on; or give this run another name (name=...); or pass --overwrite to delete what "
-            "is there and begin anew."
+            f"Undo these changes to go on; {otherwise}"
         )
 
 
@@ -197,6 +206,11 @@ def _newest_of(source: Path) -> tuple[str | None, str | None]:
             "--overwrite to delete what is there and begin anew, or give this run another name (name=...)."
         )
         return None, error if damaged else None
+    if (checkpoint.folder / STATE_FILE).exists() and _readable(checkpoint.folder) is None:
+        return None, (
+            f"{checkpoint.folder}: its files are whole, but {STATE_FILE} is not what this version writes.\n"
+            "Go on with the version that wrote it (ranks/rank-0.jsonl names it), or begin anew with --overwrite."
+        )
     if not (checkpoint.folder / STATE_FILE).exists():
         return None, (
             f"{checkpoint.folder}: holds the adapter only (training.save_only_model), from which training cannot go on."

@@ -17,19 +17,20 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
 from pipeline.adapter.files import WEIGHTS_FILE, save_adapter, settings_of
 from pipeline.checkpoint.files import check_space, delete_old, listed_checkpoints, problem_of, write_checkpoint
-from pipeline.checkpoint.optimizer import MASTER, States, optimizer_states, restore_optimizer_states
+from pipeline.checkpoint.optimizer import MASTER, MOMENTS, States, optimizer_states, restore_optimizer_states
 from pipeline.checkpoint.random_state import random_state, restore_random_state
 from pipeline.distributed import adapter_weights, is_zero_3, loss_scaler_of, whole_parameters
 from pipeline.errors import UserError
 from pipeline.preflight.numbers import Execution
 from pipeline.process.rank import is_main, rank
 from pipeline.run.folder import IDENTITY_FILE
+from pipeline.run.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.trainer import ResumableTrainer
@@ -121,7 +122,7 @@ def _written(
         # lines of the log are in the run's history; transformers would write them all again with each checkpoint
         dataclasses.replace(trainer.state, log_history=[]).save_to_json(str(part / TRAINER_STATE_NAME))
         if not trainer.args.save_only_model:
-            save_file(tensors, str(part / OPTIMIZER_FILE))
+            write_tensors(part / OPTIMIZER_FILE, tensors)
             _write_json(part / STATE_FILE, _small_state(trainer))
             _write_json(part / RANDOM_FILE, generators)
 
@@ -217,10 +218,11 @@ def _foreign_is_told(checkpoint: Path) -> Iterator[None]:
     """Context in which a checkpoint that is whole, but not as this version writes it, is refused in words."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+    except (LookupError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{checkpoint}: its files are whole, but not what this version writes ({type(error).__name__}: {error}).\n"
-            "Go on with the version that wrote it (the run's provenance.json names it), or begin anew with --overwrite."
+            "Go on with the version that wrote it (ranks/rank-0.jsonl names it); or begin anew, without "
+            "training.resume and with --overwrite."
         ) from error
 
 
@@ -269,7 +271,7 @@ def restore_weights(model: PeftModel, checkpoint: Path) -> None:
     with whole_parameters(list(parameters.values()), written_by=0), torch.no_grad():
         for name, parameter in parameters.items():
             if saved[names[name]].shape != parameter.shape:  # copy_ would repeat a smaller one
-                raise ValueError(f"{names[name]} has the shape {tuple(saved[names[name]].shape)}")
+                raise UserError(f"{checkpoint / WEIGHTS_FILE}: {names[name]} is not of this recipe's adapter's shape")
             if is_main() or not is_zero_3():  # ZeRO-3 passes rank 0's on
                 parameter.data.copy_(saved[names[name]])
 
@@ -308,6 +310,12 @@ def _read_states(model: PeftModel, checkpoint: Path) -> States:
     masters = states.setdefault(MASTER, {})
     for name, its_name in saved_names(model).items():
         masters.setdefault(name, saved[its_name].float())
+    for what in MOMENTS & states.keys():
+        for name, tensor in states[what].items():
+            if tensor.shape != masters[name].shape:
+                raise ValueError(f"{OPTIMIZER_FILE} has {what}.{name} in the shape {tuple(tensor.shape)}")
+    if len({frozenset(states[what]) for what in MOMENTS & states.keys()}) > 1:
+        raise LookupError(f"{OPTIMIZER_FILE} has one moment of a weight, but not the other")
     return states
 
 

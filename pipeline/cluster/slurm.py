@@ -136,15 +136,28 @@ def seconds_of(limit: str) -> int | None:
     return int(days or 0) * 86_400 + sum(unit * int(field) for unit, field in zip(units, fields, strict=False))
 
 
-def short_limit(limit: str | None) -> str | None:
-    """What to say of a time limit that leaves a run less time to train than it gets to stop."""
-    seconds = None if limit is None else seconds_of(limit)
-    if seconds is None or seconds > 2 * WARNING_SECONDS:
+def missing_data(recipe_file: Path, overrides: Sequence[str]) -> list[str]:
+    """Data files of a recipe that are not here, and perhaps not where the jobs run either; one line for each."""
+    sources = load_recipe(recipe_file, overrides).data.train
+    paths = [(f"data.train.{number}.path", source.path) for number, source in enumerate(sources)]
+    return [
+        f"{key}: {path} is not here; a job fails where its node has it not, either"
+        for key, path in paths
+        if (Path(path).suffix or os.path.isabs(path)) and not os.path.exists(os.path.expanduser(path))
+    ]
+
+
+def short_limit(resources: Resources) -> str | None:
+    """What to say of a time limit that leaves a run less time to train than it gets to stop; None: nothing."""
+    given = [resources.time, *(option.removeprefix("--time=") for option in resources.further if "--time=" in option)]
+    limit, early = given[-1], any(option.startswith("--signal") for option in resources.further)
+    seconds = None if limit is None or early else seconds_of(limit)
+    if not seconds or seconds > 2 * WARNING_SECONDS:  # 0 is no limit
         return None
     return (
         f"--time {limit}: SLURM stops a run {WARNING_SECONDS} s before its limit, which leaves this one "
         f"{max(seconds - WARNING_SECONDS, 0)} s each time, its start included.\n"
-        "A job that SLURM has started three times without a newer checkpoint is ended."
+        "A job that SLURM has started again three times without a newer checkpoint is ended."
     )
 
 
@@ -193,14 +206,21 @@ def variants(name: str, seeds: Sequence[int], sweeps: Sequence[str]) -> tuple[Va
         sweeps: ``key=value,value``; commas within brackets or quotes separate nothing.
 
     Raises:
-        UserError: a sweep without a key or values; two runs that would have one name.
+        UserError: a sweep without a key or values; a key given twice; two runs that would have one name.
     """
     axes = [[(f"seed{seed}", f"seed={seed}") for seed in seeds]] if seeds else []
+    keys = {"seed"} if seeds else set()
     for sweep in sweeps:
         key, equals, values = sweep.partition("=")
         listed = re.findall(r"""(?:\[[^]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""", values)
         if not key or not equals or not listed:
             raise UserError(f"--sweep: found {sweep!r}, expected key=value,value, e.g. adapter.dropout.rate=0,0.3,0.5")
+        if key == "name":
+            raise UserError("--sweep: each run of an array has a name of its own; sweep what they differ in")
+        if key in keys:
+            how = "by --array and --sweep" if key == "seed" and seeds else "twice"
+            raise UserError(f"--sweep: {key} is given {how}; write all its values once, {key}=first,second")
+        keys.add(key)
         axes.append([(f"{key.rpartition('.')[2]}{_slug(value)}", f"{key}={value}") for value in listed])
     if not axes:
         return (Variant(name),)
@@ -232,7 +252,8 @@ def parsed_seeds(text: str) -> list[int]:
         return list(range(int(span[1]), int(span[2])))
     if listed:
         return [int(seed) for seed in listed[1].split(",")]
-    raise UserError(f"--array: found {text!r}, expected seeds=0:5 (0, 1, 2, 3, 4) or seeds=3,7")
+    empty = " (an empty range)" if span else ""
+    raise UserError(f"--array: found {text!r}{empty}, expected seeds=0:5 (0, 1, 2, 3, 4) or seeds=3,7")
 
 
 def jobs(
@@ -249,6 +270,9 @@ def jobs(
     Raises:
         UserError: bad input; output on a node's own disk for several nodes; no tasks to evaluate on.
     """
+    wrong = next((option for option in resources.further if not option.startswith("-")), None)
+    if wrong is not None:
+        raise UserError(f"--sbatch: found {wrong!r}, expected an option of sbatch with its dashes: --sbatch=--{wrong}")
     recipe = load_recipe(recipe_file, overrides)
     runs = variants(recipe.name, seeds, sweeps)
     for run in runs:

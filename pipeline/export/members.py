@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from pipeline.adapter.files import WEIGHTS_FILE, AdapterSettings, adapter_dropout, without_false_warnings
 from pipeline.lora_dropout.layer_masks import LayerMasks
+from pipeline.run.tensor_file import write_tensors
 
 
 class MemberWriter:
@@ -63,7 +63,7 @@ class MemberWriter:
         config.inference_mode = True
         config.save_pretrained(str(folder))
         whole = {name: weight.cpu().contiguous().clone() for name, weight in weights.items()}  # no storage is shared
-        save_file(whole, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+        write_tensors(folder / WEIGHTS_FILE, whole, {"format": "pt"})
 
     def _from_lora(self, masks: dict[str, LayerMasks]) -> dict[str, torch.Tensor]:
         """The adapter's tensors by their names in its file, A and B of each layer in their masked form."""

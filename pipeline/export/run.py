@@ -216,6 +216,8 @@ def write_merged(source: Source, dtype: str, max_shard_size: str, folder: Path) 
     tokenizer = load_tokenizer(source.base)
     model = merged_model(source.base, source.folder, dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for shard in folder.glob("*.safetensors"):  # safetensors 0.8 lets their owner alone read them
+        shutil.copymode(folder / "config.json", shard)
     tokenizer.save_pretrained(folder)
     trained_on = "unknown" if source.recipe is None else source.base.quantization
     note = f"in {dtype} weights"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
@@ -92,6 +94,43 @@ class PlainWordsCallback(ProgressCallback):
         self.history = history
         self._evaluated: dict[str, Any] = {}
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar, on a terminal; a log file's lines say enough."""
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A step further."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """A batch of a measured set further."""
+        if self.training_bar is not None:
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing is left to show."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bars as they are, and the line after them to the next word, an error's, say."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+        self.prediction_bar = self.training_bar = None
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -124,5 +163,5 @@ class PlainWordsCallback(ProgressCallback):
                 "Make room, or give back the right to write there, and start the same command again: it goes on from "
                 "the last checkpoint."
             ) from error
-        if self.training_bar is not None:
-            self.training_bar.write(plain_words(record, state.max_steps))
+        tqdm.write(plain_words(record, state.max_steps))  # above the bar, where there is one
+        sys.stdout.flush()

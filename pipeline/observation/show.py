@@ -16,9 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.observation.status import STATUS_FILE, Status, age_seconds, read_status, sign_of_life
+from pipeline.run.lock import was_killed
 
 FINISHED, FAILED, NO_STATUS, RUNS, RESUMABLE = 0, 1, 2, 3, 75
 """Exit statuses of launch/status.py, which says what they mean."""
+
+OF_A_RUN = ("identity.json", "recipe.yaml", STATUS_FILE)
+"""What a run writes first: pipeline/run/folder.py, whose imports take seconds."""
 
 WIDTH = 200
 """Columns where there is no terminal, which would have a width of its own."""
@@ -37,10 +41,11 @@ class Run:
 
     @property
     def state(self) -> str:
-        """The status's own, or "lost" where it says "running" and nothing was heard since, or "none"."""
+        """The status's own, or "lost" where it says "running" but was killed, or nothing was heard since, or "none"."""
         if self.status is None:
             return "none"
-        return self.status.state if sign_of_life(self.status) else "lost"
+        killed = self.status.state == "running" and self.status.phase != "evaluating" and was_killed(self.folder)
+        return "lost" if killed or not sign_of_life(self.status) else self.status.state
 
 
 def read_run(folder: Path) -> Run:
@@ -57,6 +62,12 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and isinstance(found.get("rank"), int) else None
 
 
+def run_folders(folders: Sequence[Path]) -> Sequence[Path]:
+    """Of several folders, those that are a run's or are not there yet: ``outputs/*`` has logs of SLURM jobs, too."""
+    runs = [folder for folder in folders if not folder.is_dir() or any((folder / file).exists() for file in OF_A_RUN)]
+    return runs if len(folders) > 1 and runs else folders
+
+
 def exit_status(runs: Sequence[Run]) -> int:
     """For a queue script: see launch/status.py."""
     of_state = {"none": NO_STATUS, "failed": FAILED, "stopped": RESUMABLE, "lost": RESUMABLE, "running": RUNS}
@@ -66,7 +77,7 @@ def exit_status(runs: Sequence[Run]) -> int:
 
 def show_once(folders: Sequence[Path], ranks: bool, as_json: bool) -> list[Run]:
     """Print the runs, and return them."""
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(folder) for folder in run_folders(folders)]
     if as_json:
         print(json.dumps([described(run, ranks) for run in runs], indent=2))
     else:
@@ -77,12 +88,12 @@ def show_once(folders: Sequence[Path], ranks: bool, as_json: bool) -> list[Run]:
 
 
 def watched(folders: Sequence[Path], ranks: bool, every: float) -> list[Run]:
-    """Show the runs until none of them runs; returns what they were at the last look."""
+    """Show the runs until none of them runs or is still to begin; returns what they were at the last look."""
     with Live(auto_refresh=False) as live:
         while True:
-            runs = [read_run(folder) for folder in folders]
+            runs = [read_run(folder) for folder in run_folders(folders)]
             live.update(shown(runs, ranks), refresh=True)
-            if not any(run.state == "running" for run in runs):
+            if not any(run.state in ("running", "none") for run in runs):
                 return runs
             time.sleep(every)
 
@@ -166,7 +177,7 @@ def _rank_table(runs: Sequence[Run]) -> Table:
             idle, told = found.get("idle_seconds"), found.get("time")
             cells.append(duration(idle) if isinstance(idle, float) else "")
             cells.append(f"{duration(max(time.time() - told, 0.0))} ago" if isinstance(told, float) else "")
-            cells.append(str(found.get("call", "")))
+            cells.append("" if found.get("exit_status") is not None else str(found.get("call", "")))
             table.add_row(run.folder.name, *(Text(cell) for cell in cells))
     return table
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from pipeline.base import check_device, check_length, load_config, load_tokenizer
+from pipeline.checkpoint.files import SPARE_BYTES
 from pipeline.data import LabelStatistics, label_statistics, tokenise
 from pipeline.data.load import load_rows, read_raw
 from pipeline.data.packing import packed_rows
@@ -58,14 +59,16 @@ class Disk:
     best: bool
     """Whether the best one stays besides."""
     adapter: int
-    """Bytes of the finished adapter."""
+    """Bytes of the finished adapter, under a launcher."""
+    plain_adapter: int
+    """The same under plain ``python``, which keeps it in float32."""
     free: int
     """Bytes free where the run's folder will be."""
 
     @property
     def needed(self) -> int:
-        """Bytes at the fullest, logs and tokenizer files apart."""
-        return self.checkpoint * self.checkpoints + self.adapter
+        """Bytes at the fullest, with what is left free of it."""
+        return self.checkpoint * self.checkpoints + self.adapter + SPARE_BYTES
 
 
 @dataclass
@@ -208,6 +211,7 @@ def disk_forecast(recipe: Recipe, shape: ModelShape, run: Batch) -> Disk:
         newest=limit,
         best=best,
         adapter=shape.adapter_parameters * numerics.width,
+        plain_adapter=shape.adapter_parameters * 4,
         free=shutil.disk_usage(existing).free,
     )
 
@@ -251,7 +255,8 @@ def _judge_resources(findings: Findings, disk: Disk) -> None:
     if disk.needed > disk.free:
         findings.errors.append(
             f"output: checkpoints will take {in_words(disk.needed)}, and {in_words(disk.free)} are free in "
-            f"{run_folder(findings.recipe)}.\nLower training.save_total_limit, or choose another output."
+            f"{run_folder(findings.recipe)} ({in_words(SPARE_BYTES)} are to stay free).\n"
+            "Choose another output, or lower training.save_total_limit where several checkpoints are kept."
         )
     if torch.cuda.is_available():
         device = device_memory()

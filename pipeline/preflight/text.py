@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.checkpoint.files import SPARE_BYTES
 from pipeline.preflight.checks import Disk, Findings, Sample, spans
 from pipeline.preflight.estimate import PLAIN, Batch, ModelShape, RankMemory, in_words
 from pipeline.preflight.execution import Choice
@@ -158,12 +159,13 @@ def traffic_text(findings: Findings) -> Text:
 
 def disk_text(disk: Disk) -> Text:
     """What checkpoints take, and what is free."""
-    plain = (
-        f" ({in_words(disk.plain_checkpoint)} under plain python)" if disk.plain_checkpoint != disk.checkpoint else ""
+    checkpoint, adapter = (
+        in_words(size) + (f" ({in_words(plain)} under plain python)" if plain != size else "")
+        for size, plain in ((disk.checkpoint, disk.plain_checkpoint), (disk.adapter, disk.plain_adapter))
     )
     return Text(
-        f"a checkpoint: {in_words(disk.checkpoint)}{plain}; {_at_once(disk)}; adapter: {in_words(disk.adapter)}; "
-        f"together {in_words(disk.needed)} of {in_words(disk.free)} free"
+        f"a checkpoint: {checkpoint}; {_at_once(disk)}; adapter: {adapter}; "
+        f"together {in_words(disk.needed)} of {in_words(disk.free)} free, with {in_words(SPARE_BYTES)} to spare"
     )
 
 

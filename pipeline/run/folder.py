@@ -22,7 +22,10 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe, recipe_to_yaml
 from pipeline.recipe.training import own_training
 from pipeline.run.whole_file import write_json, write_text
-from pipeline.supervision.ranks import RANKS_FOLDER
+from pipeline.supervision.ranks import BAD_STEPS_FILE, RANKS_FOLDER
+
+AUTO, NEVER = "auto", "never"
+"""Values of ``training.resume`` that are no path."""
 
 HISTORY_FILE = "history.jsonl"
 RECIPE_FILE = "recipe.yaml"
@@ -91,15 +94,25 @@ def check_run_folder(recipe: Recipe, overwrite: bool) -> None:
     """
     folder = run_folder(recipe)
     check_writable("output", folder)
+    resume = own_training(recipe)["resume"]
+    source = None if resume in (AUTO, NEVER) else Path(os.path.expanduser(resume))
+    if source is not None and not source.is_dir():
+        raise UserError(f"training.resume: found {resume!r}, which is no folder (looked from {Path.cwd()})")
     if not folder.exists() or not any(folder.iterdir()):
         return
+    if source is not None and (overwrite or holds_run(folder)) and source.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"training.resume: {resume} lies in {folder}, the folder of this very run"
+            f"{', which --overwrite would delete' if overwrite else ''}; from a path a run goes on in another folder.\n"
+            "Give it another name (name=...). To go on from the newest checkpoint, leave training.resume out."
+        )
     # a run that was killed while it began its folder may have no recipe in it
     if not any((folder / name).exists() for name in (RECIPE_FILE, IDENTITY_FILE, f"{IDENTITY_FILE}.part")):
         how = "--overwrite deletes runs only, and this folder has" if overwrite else "holds files of something else:"
         raise UserError(f"{folder}: {how} no {RECIPE_FILE}.\nEmpty it yourself, or choose another name or output.")
     if overwrite or not holds_run(folder):
         check_deletable(folder)
-    if not overwrite and own_training(recipe)["resume"] != "auto" and holds_run(folder):
+    if not overwrite and resume != AUTO and holds_run(folder):
         raise UserError(
             f"{folder}: already holds {'a finished' if has_finished(folder) else 'an unfinished'} run; it is never "
             "overwritten silently.\n"
@@ -173,6 +186,7 @@ def create_run_folder(recipe: Recipe, identity: dict[str, Any], overwrite: bool 
                 entry.unlink()
         elif entry.name != RANKS_FOLDER:
             remove(entry)
+    (folder / RANKS_FOLDER / BAD_STEPS_FILE).unlink(missing_ok=True)
     return folder
 
 

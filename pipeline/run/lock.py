@@ -8,6 +8,7 @@ stale. Over NFS the server keeps it. What the file holds, host and process, is o
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -41,13 +42,16 @@ def only_run(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         patience: seconds to wait for another process to end.
 
     Raises:
-        UserError: another process trains there; its host and number.
+        UserError: another process trains there; its host and number. The folder above it cannot be made.
     """
     if not is_main():
         yield
         return
     file = lock_file(folder)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {file.parent} cannot be made: {error.strerror}.\nChoose another output.") from error
     lock = FileLock(file, fallback_to_soft=False)  # a soft lock is stale after SIGKILL
     if not _acquired(lock, file, folder, patience):
         print(f"warning: {file.parent} has no file locks: see to it that no second run trains into {folder}")
@@ -60,6 +64,19 @@ def only_run(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)  # while it is held: a process that waits for this very file then makes it anew
         lock.release()
+
+
+def was_killed(folder: Path) -> bool:
+    """Whether the process that last trained into a folder ended without a word: its lock is free, its file is there.
+
+    False where that cannot be told, as on file systems without locks.
+    """
+    try:
+        with lock_file(folder).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go when the file is closed
+    except OSError:  # held; or no such file
+        return False
+    return True
 
 
 def _acquired(lock: FileLock, file: Path, folder: Path, patience: float) -> bool:

@@ -14,7 +14,7 @@ def write_text(file: Path, text: str, durable: bool = True) -> None:
     Args:
         file: in a folder that exists.
         text: its whole content.
-        durable: synchronise, so that it outlives the machine's end; a heartbeat need not.
+        durable: synchronise its content before it gets its name; a heartbeat need not outlive the machine's end.
 
     Raises:
         OSError: it cannot be written; the old file is as it was.

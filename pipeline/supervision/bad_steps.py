@@ -29,8 +29,8 @@ from pipeline.errors import UserError
 from pipeline.process.exit_status import INTERRUPTED, STOPPED
 from pipeline.process.rank import is_main, rank, world_size
 from pipeline.recipe import schema
+from pipeline.supervision.ranks import BAD_STEPS_FILE
 
-BAD_STEPS_FILE = "bad-steps.jsonl"
 NO_LOSS = "loss exactly 0"
 
 

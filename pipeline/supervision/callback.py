@@ -43,6 +43,7 @@ class SupervisionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Training begins, or goes on."""
+        self.supervisor.watch.newest = self._newest(args)
         self.supervisor.pulse.progress("training", state.global_step, state.max_steps)
 
     def on_step_begin(
@@ -123,6 +124,7 @@ class SupervisionCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A checkpoint is whole."""
+        self.supervisor.watch.newest = self._newest(args)
         self.supervisor.pulse.progress("training")
 
     def on_train_end(

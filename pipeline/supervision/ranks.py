@@ -27,6 +27,7 @@ from pipeline.supervision.pulse import Pulse
 
 RANKS_FOLDER = "ranks"
 FIRST_FAILURE_FILE = "failed.json"
+BAD_STEPS_FILE = "bad-steps.jsonl"
 
 
 @dataclass(frozen=True)

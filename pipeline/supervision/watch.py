@@ -27,7 +27,8 @@ from pipeline.supervision.launcher import in_words, is_gone, launchers, orphaned
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 REPEATED_SECONDS = 3.0
-"""A second signal within this time is a launcher passing on the first: torchrun does, after the terminal has."""
+"""A second signal within this time is a launcher passing on the first, as torchrun does after the terminal has: it does
+not count."""
 
 LAUNCHERS_PATIENCE = 25.0
 """Seconds from a signal to the end at the latest: deepspeed, torchrun and SLURM kill after 30."""
@@ -37,6 +38,8 @@ SAVING_PATIENCE = 120.0
 
 UNWINDING_SECONDS = 5.0
 """What the main thread has to end by itself outside of training, where nothing is saved."""
+
+AFTER_THE_STEP = "after this step, with a checkpoint"
 
 TICK = 0.5
 """Seconds between two looks at the launchers: each reads a few lines of /proc."""
@@ -91,6 +94,7 @@ class Watch:
     Attributes:
         stop: the reason to stop, once there is one.
         kept: what is kept if the process stops now; a clause after "stopped by SIGTERM".
+        newest: where a run that trains would go on, in words.
         checks: called by the thread twice a second.
         farewells: called with exit status and message before the thread ends the process; they get 3 s.
     """
@@ -98,6 +102,7 @@ class Watch:
     def __init__(self) -> None:
         self.stop: Stop | None = None
         self.kept = "before training began; nothing is lost, the same command starts again"
+        self.newest = "the same command goes on from the newest checkpoint"
         self.checks: list[Callable[[], None]] = []
         self.farewells: list[Callable[[int, str], None]] = []
         self.failed_first = False
@@ -106,8 +111,7 @@ class Watch:
         """Seconds, validation included; a scheduler's early warning (SIGUSR1) waits for twice as long."""
         self._deferred = False
         self._deferred_until = 0.0
-        self._saving = False
-        self._stopping = "after this step, with a checkpoint"
+        self._saving, self._stopping = False, AFTER_THE_STEP
         self._raised = False
         self._seen: dict[int, float] = {}
         self._launchers = launchers()
@@ -122,6 +126,7 @@ class Watch:
             yield
         finally:
             self._deferred, self._deferred_until = False, time.monotonic()
+            self._saving, self._stopping = False, AFTER_THE_STEP
 
     @contextmanager
     def keeping(self, kept: str) -> Iterator[None]:
@@ -199,7 +204,8 @@ class Watch:
                 patience = max(patience, 2 * self.slowest_step)
             self.stop = Stop(_named(number), self._status(number), now, patience)
             if self._deferred and is_main():
-                write_error(f"\n{_named(number)}: stopping {self._stopping}; once more stops at once\n")
+                once_more = f"once more, after {REPEATED_SECONDS:.0f} s, stops at once"
+                write_error(f"\n{_named(number)}: stopping {self._stopping}; {once_more}\n")
         elif number != signal.SIGUSR1 and self.stop.patience > LAUNCHERS_PATIENCE:
             self.stop = Stop(_named(number), self.stop.status, now)
 
@@ -246,7 +252,7 @@ class Watch:
         return Stop(f"the end of {which}", STOPPED, time.monotonic(), final=True)
 
     def _newest(self) -> str:
-        return "the same command goes on from the newest checkpoint" if self._deferred else self.kept
+        return self.newest if self._deferred else self.kept
 
 
 _active: Watch | None = None

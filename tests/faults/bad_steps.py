@@ -38,9 +38,9 @@ from pipeline.distributed import adapter_weights
 from pipeline.errors import UserError
 from pipeline.process.rank import is_main, launched, rank, world_size
 from pipeline.recipe import load_recipe
-from pipeline.supervision.bad_steps import BAD_STEPS_FILE, StepGuard
+from pipeline.supervision.bad_steps import StepGuard
 from pipeline.supervision.callback import SupervisionCallback
-from pipeline.supervision.ranks import RANKS_FOLDER
+from pipeline.supervision.ranks import BAD_STEPS_FILE, RANKS_FOLDER
 from pipeline.supervision.supervisor import supervised
 from pipeline.trainer import LoraDropoutTrainer
 

@@ -6,8 +6,10 @@ The short version of ``tests/faults/kill.py`` and ``tests/faults/inject.py``, wh
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import re
 import secrets
 import signal
 import subprocess
@@ -124,7 +126,9 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     assert names[0] == names[1] == ["checkpoint-6", "checkpoint-7"]
 
 
-def test_a_full_disk_ends_with_words(server: Forked, folder: Path, pocket_base: Path, setting: Setting) -> None:
+def test_a_disk_that_is_too_small_or_fills_up_ends_with_words(
+    server: Forked, folder: Path, pocket_base: Path, setting: Setting
+) -> None:
     room = folder / "outputs" / "full"
     room.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(room)], capture_output=True)
@@ -136,8 +140,16 @@ def test_a_full_disk_ends_with_words(server: Forked, folder: Path, pocket_base: 
         output = [f"output={room}", "training.max_steps=2", "training.save_steps=1", "training.eval_strategy=no"]
         assert server.wait(server.start(recipe, 1, log, *output)) == [2], log.read_text()[-3000:]
         said = log.read_text()
-        assert "error: the checkpoint of step 1 could not be written" in said and "are free" in said
+        takes = re.search(r"error: output: .*: a checkpoint takes ([\d.]+) MiB, and 3\.0 MiB are free", said)
+        assert takes is not None and not (room / "full").exists(), said
+
+        size = f"size={math.ceil(16 + 1.6 * float(takes[1]))}m"
+        subprocess.run(["mount", "-o", f"remount,{size}", str(room)], check=True)
+        log = folder / "filled.log"
+        assert server.wait(server.start(recipe, 1, log, *output)) == [2], log.read_text()[-3000:]
+        said += log.read_text()
+        assert "error: the checkpoint of step 2 could not be written" in said and "are free" in said
         assert "Traceback" not in said
-        assert list((room / "full" / "checkpoints").iterdir()) == []
+        assert [path.name for path in (room / "full" / "checkpoints").iterdir()] == ["checkpoint-1"]
     finally:
         subprocess.run(["umount", "--lazy", str(room)], check=True)

@@ -103,3 +103,25 @@ def test_watching_ends_with_the_run(repository: Path, runs: Path) -> None:
 def test_durations_have_two_units() -> None:
     said = {0.4: "0 s", 59.7: "1 min 0 s", 725: "12 min 5 s", 12000: "3 h 20 min", 187_300: "2 d 4 h"}
     assert {seconds: duration(seconds) for seconds in said} == said
+
+
+def test_folders_that_are_no_runs_do_not_count_among_runs(repository: Path, runs: Path) -> None:
+    """``outputs/*`` has the logs of SLURM jobs, too; by itself such a folder is answered."""
+    (runs / "slurm").mkdir()
+    (runs / "slurm" / "job-1.log").touch()
+    both = told(repository, runs / "finished", runs / "slurm")
+    assert both.returncode == 0 and "slurm" not in both.stdout
+    assert told(repository, runs / "slurm").returncode == 2
+    assert told(repository, runs / "finished", runs / "not-there").returncode == 2
+
+
+def test_watch_waits_for_a_run_that_is_to_begin(repository: Path, tmp_path: Path) -> None:
+    script, run = str(repository / "launch" / "status.py"), tmp_path / "run"
+    command = [sys.executable, script, str(run), "--watch", "--every", "0.2"]
+    watching = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        watching.wait(timeout=4)
+    run.mkdir()
+    RunStatus(run).end(0)
+    said, _ = watching.communicate(timeout=30)
+    assert watching.returncode == 0 and "finished" in said

@@ -206,12 +206,14 @@ def test_any_word_reaches_the_program(
     ("limit", "seconds"),
     [
         *(("30", 1800), ("2:30", 150), ("1:02:03", 3723), ("1-0", 86_400), ("1-2:30", 95_400), ("2-00:00:01", 172_801)),
-        *(("infinite", None), ("1:2:3:4", None), ("-5", None), ("²", None), ("", None)),
+        *(("infinite", None), ("0", 0), ("1:2:3:4", None), ("-5", None), ("²", None), ("", None)),
     ],
 )
 def test_time_limits_are_read_as_sbatch_reads_them(limit: str, seconds: int | None) -> None:
     assert seconds_of(limit) == seconds
-    assert (short_limit(limit) is None) == (seconds is None or seconds > 240)
+    assert (short_limit(replace(ONE, time=limit)) is None) == (not seconds or seconds > 240)
+    assert (short_limit(replace(ONE, time="9", further=(f"--time={limit}",))) is None) == (not seconds or seconds > 240)
+    assert short_limit(replace(ONE, time=limit, further=("--signal=USR1@30",))) is None
 
 
 def test_a_limit_that_leaves_no_time_to_train_is_told(repository: Path, recipe: Path) -> None:
@@ -220,3 +222,27 @@ def test_a_limit_that_leaves_no_time_to_train_is_told(repository: Path, recipe: 
     assert "warning: --time 0:03:00: SLURM stops a run 120 s before" in found.stderr
     assert "which leaves this one 60 s each time" in found.stderr
     assert "warning" not in run(repository, recipe.parent, str(recipe), "--time", "8:00:00", "--dry-run").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sweep", "adapter.rank=4", "--sweep", "adapter.rank=8"), "--sweep: adapter.rank is given twice"),
+        (("--sweep", "seed=1,2", "--array", "seeds=0:2"), "--sweep: seed is given by --array and --sweep"),
+        (("--sweep", "name=a,b"), "--sweep: each run of an array has a name of its own"),
+        (("--array", "seeds=3:3"), "found 'seeds=3:3' (an empty range)"),
+        (("--sbatch=mem=64G",), "found 'mem=64G', expected an option of sbatch with its dashes: --sbatch=--mem=64G"),
+    ],
+)
+def test_arrays_that_would_run_something_else_are_refused(
+    repository: Path, recipe: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    found = run(repository, recipe.parent, str(recipe), *arguments, "--dry-run")
+    assert found.returncode == 2 and message in found.stderr, found.stderr
+
+
+def test_data_that_is_not_here_is_told(repository: Path, recipe: Path) -> None:
+    """The nodes may have it."""
+    found = run(repository, recipe.parent, str(recipe), "data.train.0.path=/nowhere/rows.jsonl", "--dry-run")
+    assert found.returncode == 0
+    assert "warning: data.train.0.path: /nowhere/rows.jsonl is not here" in found.stderr

@@ -64,7 +64,7 @@ def adalora(**values: Any) -> Adapter:
         ),
         (["distributed.zero=3"], ["distributed.zero", "adapter.method"]),
         (
-            ["training.gradient_checkpointing_kwargs={use_reentrant: true}"],
+            ["training.gradient_checkpointing_kwargs={use_reentrant: true}", "distributed.zero=2"],
             ["training.gradient_checkpointing_kwargs", "distributed.zero", "adapter.method"],
         ),
     ],

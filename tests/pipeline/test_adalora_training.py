@@ -164,8 +164,8 @@ def test_too_few_steps_to_share_out(recipe_file: Path, tmp_path: Path) -> None:
 # Two ranks -----------------------------------------------------------------------------------------------------------
 
 TWO_RANKS = {
-    "fp32-zero2": [],
-    "nf4-zero2": NF4,
+    "fp32-zero2": ["distributed.zero=2"],
+    "nf4-zero2": [*NF4, "distributed.zero=2"],
     "nf4-zero0": [*NF4, "distributed.zero=0"],
 }
 WORKER = Path(__file__).with_name("adalora_worker.py")

@@ -42,10 +42,11 @@ def test_logs_of_attempts_without_a_checkpoint_stay(recipe: Recipe) -> None:
     folder = create_run_folder(recipe, {"seed": 1})
     (folder / "ranks").mkdir()
     (folder / "ranks" / "rank-0.jsonl").write_text("{}\n")
+    (folder / "ranks" / "bad-steps.jsonl").write_text("{}\n")
     (folder / "checkpoints").mkdir()
     create_run_folder(recipe, {"seed": 1})
     assert sorted(path.name for path in folder.iterdir()) == ["identity.json", "ranks", "recipe.yaml"]
-    assert (folder / "ranks" / "rank-0.jsonl").exists()
+    assert [path.name for path in (folder / "ranks").iterdir()] == ["rank-0.jsonl"]
     create_run_folder(recipe, {"seed": 1}, overwrite=True)
     assert sorted(path.name for path in folder.iterdir()) == ["identity.json", "recipe.yaml"]
 

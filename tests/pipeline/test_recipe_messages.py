@@ -110,7 +110,7 @@ def test_added_line(tmp_path: Path, added: str, line: int, expected: str) -> Non
             "data.validation={fraction: 0.1, source: {path: a}}",
             "data.validation.fraction: found both, expected exactly",
         ),
-        ("distributed.offload=all", "distributed.offload: all needs distributed.zero 3, found 2"),
+        ("distributed.offload=all", "distributed.offload: all needs distributed.zero 3, found 1"),
     ],
 )
 def test_override(tmp_path: Path, override: str, expected: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -195,19 +196,21 @@ def test_a_whole_checkpoint_of_another_kind_is_refused_in_words(work: Path, spoi
     file = checkpoint / spoilt
     if spoilt == "state.json":
         state = json.loads(file.read_text())
-        del state["rates"]
+        del state[random.choice(["rates", "zero", "scheduler"])]
         file.write_text(json.dumps(state))
     elif spoilt == "rng.json":
         file.write_text('[{"python": "nothing"}]')
     else:
         tensors = load_file(file)
-        first = next(iter(tensors))
-        tensors[first] = tensors[first].flatten()[:1]  # would be repeated
-        save_file(tensors if spoilt.startswith("adapter") else {"exp_avg": tensors[first]}, file)
+        first = next(name for name in tensors if tensors[name].dim())
+        tensors[first] = tensors[first].flatten()[:1]  # torch would repeat it
+        save_file(tensors, file)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][spoilt] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"checkpoint-4: its files are whole, but not what this version writes \("):
+    with pytest.raises(
+        UserError, match=r"its files are whole, but .*not what this version writes|not of this .* shape"
+    ):
         train(recipe(work, f"name=foreign-{spoilt}"))
 
 

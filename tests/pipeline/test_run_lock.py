@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.run.lock import lock_file, only_run
+from pipeline.run.lock import lock_file, only_run, was_killed
 
 HOLDER = """
 import sys, time
@@ -58,3 +58,15 @@ def test_other_ranks_do_not_lock(
     monkeypatch.setenv("RANK", "1")
     with only_run(tmp_path / "run", patience=0):
         assert f"process {holder.pid} " in lock_file(tmp_path / "run").read_text()
+
+
+def test_a_killed_run_is_known_at_once(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    """Not one that lives, nor one that has ended well, nor one that never was."""
+    run = tmp_path / "run"
+    assert not was_killed(run)
+    holder.kill()
+    holder.wait()
+    assert was_killed(run)
+    with only_run(run):
+        assert not was_killed(run)
+    assert not was_killed(run) and not was_killed(tmp_path / "never")

@@ -123,8 +123,8 @@ def test_code_that_a_base_brings_is_not_run(pocket_base: Path, tmp_path: Path, t
     ("line", "expected"),
     [
         ("unsafe_code: true", "task would run code that the model writes"),
-        ("metric_list: [{metric: rouge}]", "task is scored by rouge, which lm-eval does not have"),
-        ("metric_list: [{metric: acc, hf_evaluate: true}]", "would fetch the metric's code from the Hub"),
+        ("metric_list: [{metric: rouge}]", "task is scored by rouge, for which lm-eval would fetch"),
+        ("metric_list: [{metric: acc, hf_evaluate: true}]", "would fetch code from the Hub"),
         ("dataset_path: SCRIPTED", "Dataset scripts are no longer supported"),
     ],
 )

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from pipeline.recipe import schema
-from pipeline.supervision.bad_steps import BAD_STEPS_FILE, StepGuard
+from pipeline.supervision.bad_steps import StepGuard
 from pipeline.supervision.launcher import is_gone, is_launcher
 from pipeline.supervision.pulse import Pulse
-from pipeline.supervision.ranks import Failure, Ranks, clear_ranks
+from pipeline.supervision.ranks import BAD_STEPS_FILE, Failure, Ranks, clear_ranks
 from pipeline.supervision.supervisor import supervised
 from pipeline.supervision.watch import Stop, Watch, watching
 from pipeline.supervision.whereabouts import current_call

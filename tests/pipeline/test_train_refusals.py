@@ -96,6 +96,21 @@ def test_a_run_is_never_overwritten_silently(tmp_path: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["identity.json", "recipe.yaml"]
 
 
+def test_a_run_goes_on_from_a_path_in_another_folder(tmp_path: Path) -> None:
+    """Never in the one that holds the checkpoint, which --overwrite would delete."""
+    run = recipe(output=str(tmp_path))
+    checkpoint = create_run_folder(run, {}) / "checkpoints" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"lies in .*the folder of this very run") as error:
+            check_run_folder(recipe(output=str(tmp_path), training={"resume": str(checkpoint)}), overwrite)
+        assert ("which --overwrite would delete" in str(error.value)) == overwrite
+    with pytest.raises(UserError, match=r"training\.resume: found '/nowhere', which is no folder"):
+        check_run_folder(recipe(output=str(tmp_path), training={"resume": "/nowhere"}), overwrite=False)
+    check_run_folder(recipe(name="other", output=str(tmp_path), training={"resume": str(checkpoint)}), overwrite=True)
+
+
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     places = {

@@ -232,9 +232,9 @@ TWO_RANKS: dict[str, tuple[str, tuple[str, ...]]] = {
         for name, trainer in ((f"saved-{kind}", "ours"), (f"resumed-{kind}", f"ours, from saved-{kind}"))
     },
     **{name: (f"ours, from ../ranks1/{name}", overrides) for name, overrides in MORE_RANKS.items()},
-    "measured": ("ours", ("training.max_steps=2",)),
+    "measured": ("ours", ("training.max_steps=2", *zero(2))),
     "measured-zero3": ("ours", ("training.max_steps=2", *zero(3))),
-    "other-rate": ("ours", (*NO_VALIDATION, "adapter.dropout.rate=0.4")),
-    "other-rate-nf4": ("ours", (*NO_VALIDATION, *NF4, "adapter.dropout.rate=0.4")),
+    "other-rate": ("ours", (*NO_VALIDATION, *zero(2), "adapter.dropout.rate=0.4")),
+    "other-rate-nf4": ("ours", (*NO_VALIDATION, *NF4, *zero(2), "adapter.dropout.rate=0.4")),
     "int8": ("ours", (*NO_VALIDATION, "base.quantization=int8", "base.dtype=bfloat16", *zero(2))),
 }

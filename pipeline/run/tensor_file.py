@@ -1,0 +1,26 @@
+"""Tensors on disk, readable by whom the user's umask lets read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """safetensors' ``save_file``, whose files the owner alone may read (0600 in 0.8), with the mode of any new file.
+
+    Args:
+        file: is replaced.
+        tensors: contiguous, sharing no storage.
+        metadata: for the file's header.
+
+    Raises:
+        OSError, SafetensorError: the disk is full or broken.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(dict(tensors), str(file), metadata=metadata)
+    file.chmod(mode)
