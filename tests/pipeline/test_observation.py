@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.base import load_tokenizer
 from pipeline.data import load_splits
-from pipeline.observation.progress import plain_words
+from pipeline.observation.progress import PlainWordsCallback, plain_words
 from pipeline.observation.rank_log import rank_log_file, read_rank_log
 from pipeline.observation.status import read_status
 from pipeline.observation.step_norms import StepNorms
@@ -114,3 +114,17 @@ def test_the_standard_error_of_a_loss_is_that_of_rows_drawn_again() -> None:
     again = rows[torch.randint(400, (4000, 400), generator=draw)].sum(dim=1)
     assert stderr == pytest.approx(float((again[:, 0] / again[:, 1]).std()), rel=0.06)
     assert loss_per_token(rows[:1]) == (float(rows[0, 0] / rows[0, 1]), None)
+
+
+def test_a_log_file_gets_lines_and_no_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bar would fill it with carriage returns."""
+    words, control = PlainWordsCallback(tmp_path / "history.jsonl"), TrainerControl()
+    state = TrainerState(global_step=2, max_steps=4, epoch=0.5)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    words.on_train_begin(arguments, state, control)
+    words.on_step_end(arguments, state, control)
+    words.on_prediction_step(arguments, state, control, eval_dataloader=[1, 2])
+    words.on_log(arguments, state, control, logs={"loss": 1.5})
+    words.on_train_end(arguments, state, control)
+    told = capsys.readouterr()
+    assert told.out == "step 2/4 · loss 1.5000\n" and told.err == ""

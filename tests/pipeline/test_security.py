@@ -143,6 +143,17 @@ def test_code_that_a_task_brings_is_not_run(tmp_path: Path, trap: Path, line: st
     assert not trap.exists()
 
 
+def test_a_groups_metric_is_looked_at_in_every_task_of_it(tmp_path: Path) -> None:
+    """lm-eval lays what a group's file says on each of its tasks."""
+    task = "output_type: generate_until\ntest_split: test\ndoc_to_text: a\ndoc_to_target: b\ndataset_path: json\n"
+    (tmp_path / "task.yaml").write_text(f"task: task\n{task}")
+    (tmp_path / "group.yaml").write_text("group: group\ntask: [task]\nmetric_list: [{metric: rouge}]\n")
+    (tmp_path / "outer.yaml").write_text("group: outer\ntask: [group]\n")
+    for name in ("group", "outer"):
+        message = refusal(lambda name=name: load_tasks(Eval(tasks=[name], task_folders=[str(tmp_path)])))
+        assert "eval.tasks: task is scored by rouge, for which lm-eval would fetch" in message
+
+
 def test_a_metric_that_is_never_called_is_not_fetched(
     tmp_path: Path, trap: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
