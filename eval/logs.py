@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,8 @@ from typing import ClassVar
 from tqdm import tqdm
 
 from pipeline.observation.status import Task
+
+NOWHERE = open(os.devnull, "w")  # noqa: SIM115  for the life of the process
 
 
 @contextmanager
@@ -34,8 +38,9 @@ class CountedBar(tqdm):
     """What is evaluated, in words."""
 
     def __init__(self, total: int, done: int, what: str, disable: bool) -> None:
-        """With the time left, as lm-eval draws its own."""
-        super().__init__(total=total, initial=done, desc=f"Computing {what}", disable=disable)
+        """With the time left, as lm-eval draws its own; in a log file it counts unseen."""
+        place = None if sys.stderr.isatty() else NOWHERE
+        super().__init__(total=total, initial=done, desc=f"Computing {what}", disable=disable, file=place)
         self.what, self.began = what, time.monotonic()
         if not disable:
             CountedBar.current = self
