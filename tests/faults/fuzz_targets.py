@@ -43,7 +43,7 @@ from pipeline.adapter.check import check_adapter
 from pipeline.adapter.files import AdapterSettings, save_adapter
 from pipeline.base import hollow_base, load_tokenizer
 from pipeline.checkpoint.files import write_checkpoint
-from pipeline.checkpoint.resume import Origin, _check_same, whole_checkpoint
+from pipeline.checkpoint.resume import ANEW, Origin, _check_same, whole_checkpoint
 from pipeline.checkpoint.training_state import Progress, read_progress
 from pipeline.data import PromptTemplate, load_rows, tokenise
 from pipeline.data.splits import content_fingerprint
@@ -319,7 +319,7 @@ def runs(folder: Path) -> Target:
         read_provenance(folder)
         exit_status(show_once([folder], ranks=True, as_json=False))
         show_once([folder], ranks=True, as_json=True)
-        _check_same(folder, folder, good["identity.json"])
+        _check_same(folder, folder, good["identity.json"], ANEW)
 
     return Target(st.tuples(st.sampled_from(sorted(good)), edits(TREE_EDITS), st.just([]) | edits(BYTE_EDITS)), read)
 

@@ -114,6 +114,6 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(ends: dict[str, End], 
 
 def test_a_second_signal_ends_blocked_ranks_at_once(ends: dict[str, End]) -> None:
     """The second comes 4 s after the first; main threads never see either."""
-    assert "once more stops at once" in ends["twice"].said[0]
+    assert "once more, after 3 s, stops at once" in ends["twice"].said[0]
     assert "stopped at once, by a second SIGTERM" in ends["twice"].said[0]
     assert max(ends["twice"].seconds) < 3
