@@ -16,6 +16,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import LlamaConfig, PreTrainedModel, TrainerControl, TrainerState
 
+from launch.benchmark import benchmark
 from pipeline.benchmark.measure import memory_rise
 from pipeline.benchmark.random_base import random_base
 from pipeline.benchmark.shapes import shape_config
@@ -238,14 +239,12 @@ def test_evaluation_in_every_way(repository: Path, tmp_path: Path) -> None:
         assert (line["against_separate"] is not None) == (line["way"] == "ours, 2 members")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "give its --shape"),
-        (["--shape", "tiny", "--plot", "a.svg"], "--plot: --level evaluation draws none"),
-        (["--shape", "tiny", "--variants", "lora,example"], "--variants: are of training steps"),
-    ],
-)
-def test_evaluation_refuses_what_it_has_not(repository: Path, arguments: list[str], message: str) -> None:
-    done = run(repository, "recipes/alpaca.yaml", "--level", "evaluation", *arguments)
-    assert done.returncode == 2 and message in done.stderr
+def test_evaluation_refuses_what_it_has_not(repository: Path) -> None:
+    done = run(repository, "recipes/alpaca.yaml", "--level", "evaluation")
+    assert done.returncode == 2 and "give its --shape" in done.stderr
+    for given, message in (
+        ({"plot": Path("a.svg")}, "--plot: --level evaluation draws none"),
+        ({"variants": "lora,example"}, "--variants: are of training steps"),
+    ):
+        with pytest.raises(UserError, match=message):
+            benchmark([str(repository / "recipes" / "alpaca.yaml")], level="evaluation", shape="tiny", **given)
