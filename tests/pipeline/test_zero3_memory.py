@@ -23,29 +23,28 @@ training: {{max_steps: 2, per_device_train_batch_size: 2, save_strategy: "no", r
 """
 
 
-def held_bytes(tmp_path: Path, base: Path, checkpointing: bool) -> dict[str, int]:
-    """Bytes of the base on rank 0 of 2: ``whole``, ``load_peak``, ``at_rest``, ``step_peak_gathered``."""
-    rows, recipe, output = tmp_path / "rows.jsonl", tmp_path / "recipe.yaml", tmp_path / "bytes.json"
+@pytest.fixture(scope="module")
+def held_bytes(tmp_path_factory: pytest.TempPathFactory, pocket_base: Path) -> Path:
+    """Files, by activation checkpointing, with ``whole``, ``load_peak``, ``at_rest``, ``step_peak_gathered``.
+
+    Bytes of the base on rank 0 of 2.
+    """
+    folder = tmp_path_factory.mktemp("zero3")
+    rows, recipe = folder / "rows.jsonl", folder / "recipe.yaml"
     rows.write_text("".join(json.dumps({"prompt": f"Say {i}.", "completion": f" {i}"}) + "\n" for i in range(16)))
-    recipe.write_text(RECIPE.format(folder=tmp_path, base=base, rows=rows))
+    recipe.write_text(RECIPE.format(folder=folder, base=pocket_base, rows=rows))
     load_recipe(recipe)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-    ]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(WORKER), str(recipe), str(output), "1"]
-    command += [f"training.gradient_checkpointing={str(checkpointing).lower()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(WORKER), str(recipe), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(output.read_text())
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_zero3_holds_half_of_the_base_at_rest(tmp_path: Path, pocket_base: Path, checkpointing: bool) -> None:
-    held = held_bytes(tmp_path, pocket_base, checkpointing)
+def test_zero3_holds_half_of_the_base_at_rest(held_bytes: Path, checkpointing: bool) -> None:
+    held = json.loads((held_bytes / f"{checkpointing}.json").read_text())
 
     assert held["load_peak"] == held["whole"]  # a quantised model is loaded whole, then sharded
     assert held["at_rest"] == pytest.approx(held["whole"] / 2, rel=0.1)

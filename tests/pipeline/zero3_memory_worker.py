@@ -1,12 +1,14 @@
-"""Worker: bytes of the 4-bit base that this rank holds under ZeRO-3. Started by a launcher; prints JSON on rank 0.
+"""Worker: bytes of the 4-bit base that rank 0 holds under ZeRO-3, with activation checkpointing and without.
 
-usage: zero3_memory_worker.py RECIPE OUTPUT LIVE [key=value ...]
+usage: zero3_memory_worker.py RECIPE FOLDER
 
-LIVE: most elements that DeepSpeed may keep gathered (0: its default, which is more than the whole pocket base).
+Started by a launcher; writes ``FOLDER/True.json`` and ``FOLDER/False.json``. DeepSpeed may keep one element gathered:
+by default it keeps more than the whole pocket base.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers.integrations import unset_hf_deepspeed_config
 
 from pipeline.arguments import sft_config
 from pipeline.base import load_base, load_tokenizer
@@ -49,16 +52,15 @@ class LiveWeights:
         self.peak = max(self.peak, sum(size for _, size in self.seen.values()))
 
 
-def main(recipe_file: str, output: str, live: str, *overrides: str) -> None:
+def count(recipe_file: Path, folder: Path, checkpointing: bool) -> None:
     """Load, shard, take two steps, count."""
-    recipe = load_recipe(recipe_file, overrides)
+    recipe = load_recipe(recipe_file, [f"training.gradient_checkpointing={str(checkpointing).lower()}"])
     tokenizer = load_tokenizer(recipe.base)
-    arguments = sft_config(recipe, Path(output).parent / "run")
-    if int(live):
-        limits = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
-        arguments.hf_deepspeed_config.config["zero_optimization"].update(dict.fromkeys(limits, int(live)))
-        # the pocket base's layers are below the size at which DeepSpeed shards at all; a 7B model's are far above
-        arguments.hf_deepspeed_config.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    arguments = sft_config(recipe, folder / "run")
+    limits = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+    arguments.hf_deepspeed_config.config["zero_optimization"].update(dict.fromkeys(limits, 1))
+    # the pocket base's layers are below the size at which DeepSpeed shards at all; a 7B model's are far above
+    arguments.hf_deepspeed_config.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     splits = load_splits(recipe, tokenizer)
     model = load_base(recipe.base)
     trainer = LoraDropoutTrainer(recipe, model, arguments, tokenizer, splits.train, None, [])
@@ -89,8 +91,11 @@ def main(recipe_file: str, output: str, live: str, *overrides: str) -> None:
     trainer.add_callback(Count())
     trainer.train()
     if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(counted))
+        (folder / f"{checkpointing}.json").write_text(json.dumps(counted))
+    unset_hf_deepspeed_config()
 
 
 if __name__ == "__main__":
-    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--")])
+    for choice in (True, False):
+        count(Path(sys.argv[1]), Path(sys.argv[2]), choice)
+        gc.collect()
