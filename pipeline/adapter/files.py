@@ -94,8 +94,8 @@ def save_adapter(model: PeftModel, weights: dict[str, torch.Tensor], settings: A
     inference_mode, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference_mode
-    write_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
     (folder / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    write_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})  # last: where they are, all of it is
 
 
 def read_settings(folder: Path) -> AdapterSettings | None:

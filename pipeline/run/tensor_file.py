@@ -1,4 +1,4 @@
-"""Tensors on disk, readable by whom the user's umask lets read."""
+"""Tensors on disk, whole or not at all, readable by whom the user's umask lets read."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
         metadata: for the file's header.
 
     Raises:
-        OSError, SafetensorError: the disk is full or broken.
+        OSError, SafetensorError: the disk is full or broken; the old file is as it was, and where there was none,
+            there is none.
     """
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(dict(tensors), str(file), metadata=metadata)
-    file.chmod(mode)
+    part = file.with_name(file.name + ".part")  # never the file itself: an empty one would pass for an adapter
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        save_file(dict(tensors), str(part), metadata=metadata)
+        part.chmod(mode)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)  # what a failure leaves
