@@ -2,7 +2,7 @@
 
 `<output>/.<name>.lock` lies beside the run's folder, so that deleting the run (`--overwrite`) does not delete a lock
 that is held. The lock itself is the kernel's (flock), which drops it with the process, even at SIGKILL: no lock is ever
-stale. Over NFS the server keeps it. What the file holds, host and process, is only for the message.
+stale. Over NFS the server keeps it. The file holds process and host, for messages and for :func:`was_killed`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def only_run(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         yield
         return
     with suppress(OSError):  # the lock holds on a full disk, too
-        file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write_text(f"process {os.getpid()}{_here()}")
     try:
         yield
     finally:
@@ -69,14 +69,22 @@ def only_run(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
 def was_killed(folder: Path) -> bool:
     """Whether the process that last trained into a folder ended without a word: its lock is free, its file is there.
 
-    False where that cannot be told, as on file systems without locks.
+    False where that cannot be told: on file systems without locks, and of a process on another machine, whose lock is
+    not seen from here where a mount keeps locks to itself (``local_lock`` of NFS, ``localflock`` of Lustre).
     """
     try:
         with lock_file(folder).open() as file:
+            if not file.read().endswith(_here()):
+                return False
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go when the file is closed
     except OSError:  # held; or no such file
         return False
     return True
+
+
+def _here() -> str:
+    """How what a lock file holds ends on this machine."""
+    return f" on {socket.gethostname()}"
 
 
 def _acquired(lock: FileLock, file: Path, folder: Path, patience: float) -> bool:

@@ -61,12 +61,14 @@ def test_other_ranks_do_not_lock(
 
 
 def test_a_killed_run_is_known_at_once(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    """Not one that lives, nor one that has ended well, nor one that never was."""
+    """Not one that lives, nor one on another machine, nor one that has ended well, nor one that never was."""
     run = tmp_path / "run"
     assert not was_killed(run)
     holder.kill()
     holder.wait()
     assert was_killed(run)
+    lock_file(run).write_text(f"process {holder.pid} on other-{os.uname().nodename}")  # its lock may be seen only there
+    assert not was_killed(run)
     with only_run(run):
         assert not was_killed(run)
     assert not was_killed(run) and not was_killed(tmp_path / "never")
