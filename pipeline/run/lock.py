@@ -2,7 +2,12 @@
 
 `<output>/.<name>.lock` lies beside the run's folder, so that deleting the run (`--overwrite`) does not delete a lock
 that is held. The lock itself is the kernel's (flock), which drops it with the process, even at SIGKILL: no lock is ever
-stale. Over NFS the server keeps it. The file holds process and host, for messages and for :func:`was_killed`.
+stale. Over NFS the server keeps it.
+
+Some mounts keep a lock to the machine that took it and answer others that it is free: BeeGFS unless
+``tuneUseGlobalFileLocks`` is set, ``localflock`` of Lustre, ``local_lock`` of NFS; some have no locks. So the holder
+writes process and host into the file and touches it every few seconds, and whoever finds another machine's name there
+listens for a while.
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ import errno
 import fcntl
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +29,9 @@ from pipeline.process.rank import is_main
 
 PATIENCE = 40.0
 """Seconds to wait for the holder: the ranks of a killed launcher may live for 30 s more."""
+
+TOUCH_SECONDS, LOOK_SECONDS, SILENT_SECONDS = 5.0, 0.5, 30.0
+"""Between two touches of the holder; between two looks of who listens; after which silence the holder is gone."""
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What file systems answer that are mounted without locks, some Lustre and NFS."""
@@ -53,14 +63,12 @@ def only_run(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"output: {file.parent} cannot be made: {error.strerror}.\nChoose another output.") from error
     lock = FileLock(file, fallback_to_soft=False)  # a soft lock is stale after SIGKILL
-    if not _acquired(lock, file, folder, patience):
-        print(f"warning: {file.parent} has no file locks: see to it that no second run trains into {folder}")
-        yield
-        return
+    _take(lock, file, folder, patience)
     with suppress(OSError):  # the lock holds on a full disk, too
         file.write_text(f"process {os.getpid()}{_here()}")
     try:
-        yield
+        with _touched(file):
+            yield
     finally:
         file.unlink(missing_ok=True)  # while it is held: a process that waits for this very file then makes it anew
         lock.release()
@@ -69,8 +77,7 @@ def only_run(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
 def was_killed(folder: Path) -> bool:
     """Whether the process that last trained into a folder ended without a word: its lock is free, its file is there.
 
-    False where that cannot be told: on file systems without locks, and of a process on another machine, whose lock is
-    not seen from here where a mount keeps locks to itself (``local_lock`` of NFS, ``localflock`` of Lustre).
+    False where that cannot be told: on file systems without locks, and of a process on another machine.
     """
     try:
         with lock_file(folder).open() as file:
@@ -85,6 +92,63 @@ def was_killed(folder: Path) -> bool:
 def _here() -> str:
     """How what a lock file holds ends on this machine."""
     return f" on {socket.gethostname()}"
+
+
+@contextmanager
+def _touched(file: Path) -> Iterator[None]:
+    """Context in which the file's time goes on, whatever the process does."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(TOUCH_SECONDS):
+            with suppress(OSError):
+                os.utime(file)
+
+    thread = threading.Thread(target=touch, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _take(lock: FileLock, file: Path, folder: Path, patience: float) -> None:
+    """Hold the lock, where there are locks, when no process has it that this machine does not see."""
+    while True:
+        seen = _acquired(lock, file, folder, patience)
+        last = _content(file)
+        if not last or (seen and last.endswith(_here())) or not _has_ended(file, folder, patience):
+            return
+        lock.release()  # of a file that its holder has deleted
+
+
+def _has_ended(file: Path, folder: Path, patience: float) -> bool:
+    """Listen to the last holder: True once it has deleted its file; False if nothing is heard of it.
+
+    Raises:
+        UserError: it lives, and has not ended in time.
+    """
+    print(f"{folder}: {_holder(file)} trained there and did not say that it ended; listening for it", flush=True)
+    began = heard = time.monotonic()
+    touched = _time_of(file)
+    while touched is not None and time.monotonic() - heard < SILENT_SECONDS:
+        time.sleep(LOOK_SECONDS)
+        before, touched = touched, _time_of(file)
+        if touched != before:
+            heard = time.monotonic()
+        if began < heard and heard - began > patience and touched is not None:
+            raise _refusal(file, folder, patience)
+    return touched is None
+
+
+def _time_of(file: Path) -> int | None:
+    """Nanoseconds; opened for it, since NFS asks its server then. None: there is no such file."""
+    try:
+        with file.open() as opened:
+            return os.fstat(opened.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _acquired(lock: FileLock, file: Path, folder: Path, patience: float) -> bool:
@@ -102,16 +166,24 @@ def _acquired(lock: FileLock, file: Path, folder: Path, patience: float) -> bool
     try:
         lock.acquire(timeout=patience)
     except Timeout as error:
-        raise UserError(
-            f"{folder}: {_holder(file)} is training into this folder, and has not ended within {patience:g} s.\n"
-            "Wait until it has, end it, or give this run another name (name=...) or place (output=...)."
-        ) from error
+        raise _refusal(file, folder, patience) from error
     return True
+
+
+def _refusal(file: Path, folder: Path, patience: float) -> UserError:
+    return UserError(
+        f"{folder}: {_holder(file)} is training into this folder, and has not ended within {patience:g} s.\n"
+        "Wait until it has, end it, or give this run another name (name=...) or place (output=...)."
+    )
 
 
 def _holder(file: Path) -> str:
     """Who wrote the lock file last."""
+    return _content(file) or "another process"
+
+
+def _content(file: Path) -> str:
     try:
-        return file.read_text() or "another process"
+        return file.read_text()
     except FileNotFoundError:  # it has just ended
-        return "another process"
+        return ""

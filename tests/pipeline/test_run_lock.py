@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.run import lock
 from pipeline.run.lock import lock_file, only_run, was_killed
 
 HOLDER = """
@@ -67,8 +70,83 @@ def test_a_killed_run_is_known_at_once(tmp_path: Path, holder: subprocess.Popen[
     holder.kill()
     holder.wait()
     assert was_killed(run)
+    here = lock_file(run).read_text()
     lock_file(run).write_text(f"process {holder.pid} on other-{os.uname().nodename}")  # its lock may be seen only there
     assert not was_killed(run)
+    lock_file(run).write_text(here)
     with only_run(run):
         assert not was_killed(run)
     assert not was_killed(run) and not was_killed(tmp_path / "never")
+
+
+ELSEWHERE = """
+import errno, fcntl, os, socket, sys
+from pathlib import Path
+
+def flock(file, how):
+    if sys.argv[2] == "none":
+        raise OSError(errno.ENOSYS, "no locks here")
+
+fcntl.flock = flock  # a lock that other machines do not see, or none
+socket.gethostname = lambda: "elsewhere"
+from pipeline.run import lock
+lock.TOUCH_SECONDS = 0.1
+with lock.only_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture(params=["local", "none"])
+def elsewhere(
+    request: pytest.FixtureRequest, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[subprocess.Popen[str]]:
+    """A process on another machine that trains into ``tmp_path / "run"``; locks are each machine's own, or missing."""
+    if request.param == "none":
+
+        def flock(file: int, how: int) -> None:
+            raise OSError(errno.ENOSYS, "no locks here")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(lock, "TOUCH_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "SILENT_SECONDS", 2.0)
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "run"), request.param]
+    process = subprocess.Popen(
+        command, cwd=repository, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n", process.communicate()[1]
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_run_on_a_machine_whose_locks_are_not_seen_is_heard(
+    tmp_path: Path, elsewhere: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = rf"process {elsewhere.pid} on elsewhere is training into this folder"
+    with pytest.raises(UserError, match=said), only_run(tmp_path / "run", patience=0.5):
+        pass
+    assert f"process {elsewhere.pid} on elsewhere trained there and did not say" in capsys.readouterr().out
+    assert f"process {elsewhere.pid} on elsewhere" in lock_file(tmp_path / "run").read_text()
+
+
+def test_a_run_killed_elsewhere_is_not_heard(tmp_path: Path, elsewhere: subprocess.Popen[str]) -> None:
+    elsewhere.kill()
+    elsewhere.wait()
+    with only_run(tmp_path / "run", patience=0.5):
+        assert f"process {os.getpid()} on {os.uname().nodename}" in lock_file(tmp_path / "run").read_text()
+    assert not lock_file(tmp_path / "run").exists()
+
+
+def test_a_run_that_ends_elsewhere_is_waited_for(tmp_path: Path, elsewhere: subprocess.Popen[str]) -> None:
+    """The lock is then taken of the file that there is, not of the deleted one."""
+    assert elsewhere.stdin is not None
+    elsewhere.stdin.write("\n")
+    elsewhere.stdin.flush()
+    with only_run(tmp_path / "run", patience=20):
+        assert elsewhere.wait() == 0
+        assert f"process {os.getpid()} on " in lock_file(tmp_path / "run").read_text()
+        said = f"process {os.getpid()} on "
+        with pytest.raises(UserError, match=said), only_run(tmp_path / "run", patience=0.2):
+            pass
