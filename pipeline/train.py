@@ -55,7 +55,7 @@ from pipeline.run.folder import (
     read_history,
     run_folder,
 )
-from pipeline.run.lock import only_run
+from pipeline.run.lock import check_held, only_run
 from pipeline.run.model_card import write_model_card
 from pipeline.run.provenance import now, provenance
 from pipeline.run.whole_file import write_json
@@ -233,11 +233,12 @@ def _prepare_folder(recipe: Recipe, origin: Origin, checkpoint: Path | None, ove
     """Begin the run's folder anew, or get it ready to go on; rank 0, while the others wait.
 
     Raises:
-        UserError: on every rank: it cannot be written.
+        UserError: on every rank: it cannot be written, or another process has begun to.
     """
     problem: list[str | None] = [None]
     if is_main():
         try:
+            check_held(run_folder(recipe))
             if checkpoint is None or checkpoint.parent.parent != run_folder(recipe):
                 create_run_folder(recipe, origin.identity, overwrite)
             else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,8 @@ def check_deletable(folder: Path) -> None:
             f"{folder}: is a link to {folder.resolve()}, and a run that begins anew deletes its folder.\n"
             "Name the folder itself with output and name, or empty it."
         )
-    strangers = sorted(entry.name for entry in folder.iterdir() if not _is_of_a_run(entry.name))
+    names = {entry.name for entry in folder.iterdir()} - RUN_FILES
+    strangers = sorted(name for name in names if not _is_left_over(name))
     if not any((folder / name).exists() for name in (IDENTITY_FILE, f"{IDENTITY_FILE}.part", PROVENANCE_FILE)):
         strangers.append(f"a {RECIPE_FILE} without {IDENTITY_FILE}")
     if strangers:
@@ -143,10 +145,11 @@ def check_deletable(folder: Path) -> None:
         )
 
 
-def _is_of_a_run(name: str) -> bool:
-    """Whether an entry of a run's folder is one of its files, or what a killed process leaves of writing one."""
-    halfway = name.startswith(".") and any(name[1:].startswith(f"{file}.") for file in RUN_FILES)
-    return halfway or name.removesuffix(".part") in RUN_FILES
+def _is_left_over(name: str) -> bool:
+    """Whether an entry is what a killed process leaves of writing one of a run's files."""
+    aside = name.endswith(".part") and name.removesuffix(".part") in RUN_FILES
+    hidden = name.startswith(".") and any(name[1:].startswith(f"{file}.") for file in RUN_FILES)
+    return aside or hidden or re.fullmatch(r"\.tmp\w{6}", name) is not None  # the last is safetensors'
 
 
 def holds_run(folder: Path) -> bool:
@@ -193,6 +196,9 @@ def create_run_folder(recipe: Recipe, identity: dict[str, Any], overwrite: bool 
 def continue_run_folder(recipe: Recipe, step: int) -> None:
     """Get a folder ready to go on after a step: the history ends there, and the recipe says how it goes on."""
     folder = run_folder(recipe)
+    for entry in folder.iterdir():
+        if _is_left_over(entry.name) and entry.is_file():
+            entry.unlink()
     write_text(folder / RECIPE_FILE, recipe_to_yaml(recipe))
     kept = [record for record in read_history(folder) if record["step"] <= step]
     write_text(folder / HISTORY_FILE, "".join(json.dumps(record) + "\n" for record in kept))

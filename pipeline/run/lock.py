@@ -1,13 +1,13 @@
 """One training run in a folder at a time: a lock that ends with the process that holds it.
 
 `<output>/.<name>.lock` lies beside the run's folder, so that deleting the run (`--overwrite`) does not delete a lock
-that is held. The lock itself is the kernel's (flock), which drops it with the process, even at SIGKILL: no lock is ever
-stale. Over NFS the server keeps it.
+that is held. The lock itself is the kernel's (flock), which drops it with the process, even at SIGKILL. Over NFS the
+server keeps it, and where a whole machine dies NFS 4 drops it some 90 s later.
 
 Some mounts keep a lock to the machine that took it and answer others that it is free: BeeGFS unless
 ``tuneUseGlobalFileLocks`` is set, ``localflock`` of Lustre, ``local_lock`` of NFS; some have no locks. So the holder
 writes process and host into the file and touches it every few seconds, and whoever finds another machine's name there
-listens for a while.
+listens for a while. Two who start at once are told apart before they write (:func:`check_held`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ TOUCH_SECONDS, LOOK_SECONDS, SILENT_SECONDS = 5.0, 0.5, 30.0
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What file systems answer that are mounted without locks, some Lustre and NFS."""
 
+GONE = (errno.ENOENT, errno.ESTALE)
+"""What is answered of a file that was deleted, by NFS also while it is read."""
+
 
 def lock_file(folder: Path) -> Path:
     """Of the run in this folder."""
@@ -52,7 +55,7 @@ def only_run(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         patience: seconds to wait for another process to end.
 
     Raises:
-        UserError: another process trains there; its host and number. The folder above it cannot be made.
+        UserError: another process trains there; its host and number. The folder above it cannot be made, or written.
     """
     if not is_main():
         yield
@@ -63,15 +66,31 @@ def only_run(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"output: {file.parent} cannot be made: {error.strerror}.\nChoose another output.") from error
     lock = FileLock(file, fallback_to_soft=False)  # a soft lock is stale after SIGKILL
-    _take(lock, file, folder, patience)
+    try:
+        _take(lock, file, folder, patience)
+    except OSError as error:
+        raise UserError(f"output: {file} cannot be written: {error.strerror}.\nChoose another output.") from error
     with suppress(OSError):  # the lock holds on a full disk, too
-        file.write_text(f"process {os.getpid()}{_here()}")
+        file.write_text(_this_process())
     try:
         with _touched(file):
             yield
     finally:
-        file.unlink(missing_ok=True)  # while it is held: a process that waits for this very file then makes it anew
+        with suppress(OSError):  # a disk that takes no more is told by whoever met it first
+            if _content(file) in ("", _this_process()):
+                file.unlink()  # while it is held: a process that waits for this very file then makes it anew
         lock.release()
+
+
+def check_held(folder: Path) -> None:
+    """Refuse, on rank 0 and before it writes into the folder, where another machine took the lock at the same time.
+
+    Raises:
+        UserError: another process trains there; its host and number.
+    """
+    file = lock_file(folder)
+    if _content(file) not in ("", _this_process()):
+        raise _refusal(file, folder, "started at the same time")
 
 
 def was_killed(folder: Path) -> bool:
@@ -89,6 +108,10 @@ def was_killed(folder: Path) -> bool:
     return True
 
 
+def _this_process() -> str:
+    return f"process {os.getpid()}{_here()}"
+
+
 def _here() -> str:
     """How what a lock file holds ends on this machine."""
     return f" on {socket.gethostname()}"
@@ -96,13 +119,14 @@ def _here() -> str:
 
 @contextmanager
 def _touched(file: Path) -> Iterator[None]:
-    """Context in which the file's time goes on, whatever the process does."""
+    """Context in which the file's time goes on, however long a step takes; not that of a process that is suspended."""
     ended = threading.Event()
 
     def touch() -> None:
         while not ended.wait(TOUCH_SECONDS):
             with suppress(OSError):
-                os.utime(file)
+                if _content(file) == _this_process():
+                    os.utime(file)
 
     thread = threading.Thread(target=touch, name="lock", daemon=True)
     thread.start()
@@ -114,41 +138,44 @@ def _touched(file: Path) -> Iterator[None]:
 
 
 def _take(lock: FileLock, file: Path, folder: Path, patience: float) -> None:
-    """Hold the lock, where there are locks, when no process has it that this machine does not see."""
+    """Take the lock. Where its last holder is one whose lock this machine may not see, listen for it first."""
     while True:
-        seen = _acquired(lock, file, folder, patience)
+        locked = _acquired(lock, file, folder, patience)
         last = _content(file)
-        if not last or (seen and last.endswith(_here())) or not _has_ended(file, folder, patience):
+        if not last or (locked and last.endswith(_here())) or not _ends(file, folder, patience):
             return
-        lock.release()  # of a file that its holder has deleted
+        lock.release()  # it was of a file that its holder has deleted
 
 
-def _has_ended(file: Path, folder: Path, patience: float) -> bool:
-    """Listen to the last holder: True once it has deleted its file; False if nothing is heard of it.
+def _ends(file: Path, folder: Path, patience: float) -> bool:
+    """Listen to the last holder: True once it has ended and deleted its file; False where nothing is heard of it.
 
     Raises:
         UserError: it lives, and has not ended in time.
     """
     print(f"{folder}: {_holder(file)} trained there and did not say that it ended; listening for it", flush=True)
-    began = heard = time.monotonic()
-    touched = _time_of(file)
-    while touched is not None and time.monotonic() - heard < SILENT_SECONDS:
+    began, silent, stamp = time.monotonic(), 0.0, _stamp(file)
+    while stamp is not None and silent < SILENT_SECONDS:
         time.sleep(LOOK_SECONDS)
-        before, touched = touched, _time_of(file)
-        if touched != before:
-            heard = time.monotonic()
-        if began < heard and heard - began > patience and touched is not None:
-            raise _refusal(file, folder, patience)
-    return touched is None
+        before, stamp = stamp, _stamp(file)
+        if stamp is None or stamp[0] != before[0]:
+            return True
+        silent = silent + LOOK_SECONDS if stamp == before else 0.0  # counted in answers: a file server may stall
+        if silent == 0.0 and time.monotonic() - began > patience:
+            raise _refusal(file, folder, f"has not ended within {patience:g} s")
+    return stamp is None
 
 
-def _time_of(file: Path) -> int | None:
-    """Nanoseconds; opened for it, since NFS asks its server then. None: there is no such file."""
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Number of the file and nanoseconds of its time; opened for it, since NFS asks its server then. None: no file."""
     try:
         with file.open() as opened:
-            return os.fstat(opened.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None
+            found = os.fstat(opened.fileno())
+    except OSError as error:
+        if error.errno in GONE:
+            return None
+        raise
+    return found.st_ino, found.st_mtime_ns
 
 
 def _acquired(lock: FileLock, file: Path, folder: Path, patience: float) -> bool:
@@ -160,20 +187,20 @@ def _acquired(lock: FileLock, file: Path, folder: Path, patience: float) -> bool
     except OSError as error:
         if error.errno in NO_LOCKS:
             return False
-        raise UserError(f"output: {file} cannot be written: {error.strerror}.\nChoose another output.") from error
+        raise
     else:
         return True
     try:
         lock.acquire(timeout=patience)
     except Timeout as error:
-        raise _refusal(file, folder, patience) from error
+        raise _refusal(file, folder, f"has not ended within {patience:g} s") from error
     return True
 
 
-def _refusal(file: Path, folder: Path, patience: float) -> UserError:
+def _refusal(file: Path, folder: Path, reason: str) -> UserError:
     return UserError(
-        f"{folder}: {_holder(file)} is training into this folder, and has not ended within {patience:g} s.\n"
-        "Wait until it has, end it, or give this run another name (name=...) or place (output=...)."
+        f"{folder}: {_holder(file)} is training into this folder, and {reason}.\n"
+        "Wait until it has ended, end it, or give this run another name (name=...) or place (output=...)."
     )
 
 
@@ -183,7 +210,10 @@ def _holder(file: Path) -> str:
 
 
 def _content(file: Path) -> str:
+    """Empty where the file has just been deleted."""
     try:
         return file.read_text()
-    except FileNotFoundError:  # it has just ended
-        return ""
+    except OSError as error:
+        if error.errno in GONE:
+            return ""
+        raise

@@ -1,4 +1,4 @@
-"""Tensors on disk, whole or not at all, readable by whom the user's umask lets read."""
+"""Tensors on disk, whole or not at all for whoever reads, and readable by whom the user's umask lets read."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
 
     Raises:
         OSError, SafetensorError: the disk is full or broken; the old file is as it was, and where there was none,
-            there is none.
+            there is none. Synchronising is the caller's.
     """
     part = file.with_name(file.name + ".part")  # never the file itself: an empty one would pass for an adapter
     try:
+        part.unlink(missing_ok=True)  # of a killed process, with whatever mode
         part.touch()
         mode = part.stat().st_mode
         save_file(dict(tensors), str(part), metadata=metadata)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.recipe.schema import Base, Data, Recipe, Source
-from pipeline.run.folder import check_run_folder, create_run_folder
+from pipeline.run.folder import check_run_folder, continue_run_folder, create_run_folder
 
 
 @pytest.fixture
@@ -24,6 +24,7 @@ def test_what_kills_leave_is_no_obstacle(tmp_path: Path, recipe: Recipe) -> None
         ["identity.json"],
         ["identity.json", "recipe.yaml"],
         ["identity.json", "recipe.yaml", "status.json", ".status.json.4711", "history.jsonl.part"],
+        ["identity.json", "recipe.yaml", ".tmpRzAoav", "adapter_model.safetensors.part"],
     ]
     for names in left:
         folder.mkdir()
@@ -35,6 +36,16 @@ def test_what_kills_leave_is_no_obstacle(tmp_path: Path, recipe: Recipe) -> None
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
+
+
+def test_what_kills_leave_is_gone_when_a_run_goes_on(recipe: Recipe) -> None:
+    """Of an adapter of 7B each such file may have 200 MB."""
+    folder = create_run_folder(recipe, {"seed": 1})
+    for name in (".tmpRzAoav", "adapter_model.safetensors.part", ".status.json.4711", "adapter_config.json"):
+        (folder / name).write_text("")
+    continue_run_folder(recipe, step=3)
+    left = ["adapter_config.json", "history.jsonl", "identity.json", "recipe.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == left
 
 
 def test_logs_of_attempts_without_a_checkpoint_stay(recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.run import lock
-from pipeline.run.lock import lock_file, only_run, was_killed
+from pipeline.run.lock import check_held, lock_file, only_run, was_killed
 
 HOLDER = """
 import sys, time
@@ -48,10 +49,13 @@ def test_a_second_run_is_refused_with_the_first_ones_host_and_process(
         pass
 
 
-def test_a_killed_run_leaves_no_lock(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_killed_run_leaves_no_lock(
+    tmp_path: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     holder.send_signal(signal.SIGKILL)
     with only_run(tmp_path / "run", patience=5):
         assert f"process {os.getpid()} on " in lock_file(tmp_path / "run").read_text()
+    assert "listening" not in capsys.readouterr().out  # the lock of this machine says enough
     assert not lock_file(tmp_path / "run").exists()
 
 
@@ -80,7 +84,7 @@ def test_a_killed_run_is_known_at_once(tmp_path: Path, holder: subprocess.Popen[
 
 
 ELSEWHERE = """
-import errno, fcntl, os, socket, sys
+import errno, fcntl, signal, socket, sys, time
 from pathlib import Path
 
 def flock(file, how):
@@ -91,9 +95,10 @@ fcntl.flock = flock  # a lock that other machines do not see, or none
 socket.gethostname = lambda: "elsewhere"
 from pipeline.run import lock
 lock.TOUCH_SECONDS = 0.1
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 with lock.only_run(Path(sys.argv[1])):
     print("held", flush=True)
-    sys.stdin.readline()
+    time.sleep(60)
 """
 
 
@@ -112,9 +117,7 @@ def elsewhere(
     monkeypatch.setattr(lock, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(lock, "SILENT_SECONDS", 2.0)
     command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "run"), request.param]
-    process = subprocess.Popen(
-        command, cwd=repository, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n", process.communicate()[1]
     yield process
     process.kill()
@@ -139,14 +142,38 @@ def test_a_run_killed_elsewhere_is_not_heard(tmp_path: Path, elsewhere: subproce
     assert not lock_file(tmp_path / "run").exists()
 
 
-def test_a_run_that_ends_elsewhere_is_waited_for(tmp_path: Path, elsewhere: subprocess.Popen[str]) -> None:
+def test_a_run_that_ends_elsewhere_is_waited_for(
+    tmp_path: Path, elsewhere: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The lock is then taken of the file that there is, not of the deleted one."""
-    assert elsewhere.stdin is not None
-    elsewhere.stdin.write("\n")
-    elsewhere.stdin.flush()
+    threading.Timer(0.5, elsewhere.terminate).start()
     with only_run(tmp_path / "run", patience=20):
-        assert elsewhere.wait() == 0
-        assert f"process {os.getpid()} on " in lock_file(tmp_path / "run").read_text()
+        assert elsewhere.wait() == 0  # as it ends by itself
+        assert capsys.readouterr().out.count("listening for it") == 1
         said = f"process {os.getpid()} on "
+        assert said in lock_file(tmp_path / "run").read_text()
         with pytest.raises(UserError, match=said), only_run(tmp_path / "run", patience=0.2):
             pass
+
+
+def test_two_that_start_at_once_are_told_apart(tmp_path: Path) -> None:
+    """Neither deletes, nor touches, the file of the other."""
+    run, theirs = tmp_path / "run", "process 1 on elsewhere"
+    with only_run(run):
+        check_held(run)
+        lock_file(run).write_text(theirs)
+        with pytest.raises(UserError, match=f"{theirs} is training into this folder, and started at the same time"):
+            check_held(run)
+    assert lock_file(run).read_text() == theirs
+
+
+def test_a_disk_that_takes_no_more_leaves_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with pytest.raises(UserError, match="what went wrong"), only_run(tmp_path / "run"):
+        monkeypatch.setattr(Path, "unlink", refuse)
+        raise UserError("what went wrong")
+    monkeypatch.undo()
+    with only_run(tmp_path / "run", patience=0):  # it was let go
+        pass
