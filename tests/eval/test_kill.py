@@ -110,6 +110,7 @@ def jobs(folder: Path, tiny_base: Path, task_folder: Path) -> dict[str, tuple[Pa
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fast-1", "fast-2", "exact-2"])
 def test_a_killed_evaluation_goes_on_and_ends_alike(jobs: dict[str, Any], name: str) -> None:
     """Killed twice at random moments, one write torn, one byte changed; bit for bit."""

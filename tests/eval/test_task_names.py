@@ -64,6 +64,7 @@ def test_groups_and_their_members(tmp_path: Path, task_folder: Path) -> None:
         load_tasks(Eval(tasks=["tiny_group", "tiny_choice"], task_folders=[str(folder)]))
 
 
+@pytest.mark.slow
 def test_an_unknown_name_gets_the_nearest_known_ones(task_folder: Path) -> None:
     with pytest.raises(UserError) as error:
         load_tasks(Eval(tasks=["tiny_choise", "arc_eazy"], task_folders=[str(task_folder)]))

@@ -182,6 +182,7 @@ def test_help_is_light(repository: Path) -> None:
     assert run.returncode == 0 and "--deterministic" in run.stdout and "heavy []" in run.stdout
 
 
+@pytest.mark.slow
 def test_questions_from_a_pipe(repository: Path, adapter: Path) -> None:
     run = ask(repository, str(adapter), "--max-new-tokens", "4", stdin=f"{QUESTION}\n\nAnd of Spain?\n")
     assert run.returncode == 0, run.stderr

@@ -220,6 +220,7 @@ def test_a_turn_is_its_steps_with_their_checkpoint(monkeypatch: pytest.MonkeyPat
     assert first.watching < 0.01
 
 
+@pytest.mark.slow
 def test_evaluation_in_every_way(repository: Path, tmp_path: Path) -> None:
     record = tmp_path / "cost.json"
     done = run(

@@ -81,6 +81,7 @@ def killed(server: Forked, folder: Path, pocket_base: Path, setting: Setting, dr
     return run
 
 
+@pytest.mark.slow
 def test_changed_data_and_recipe_are_refused_by_name(
     server: Forked, killed: Path, folder: Path, draw: random.Random
 ) -> None:
@@ -100,6 +101,7 @@ def test_changed_data_and_recipe_are_refused_by_name(
     assert sorted(killed.rglob("*")) == held
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_nothing_had_happened(
     server: Forked, killed: Path, folder: Path, pocket_base: Path, setting: Setting, draw: random.Random
 ) -> None:

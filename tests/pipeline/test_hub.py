@@ -26,6 +26,7 @@ ANSWERS = {
 }
 
 KINDS = {"tokenizer": "base.model", "config": "base.model", "model": "base.model", "data": "data.train.0.path"}
+NOT_REACHED = ["config", "data"]
 
 ASK = """
 import json
@@ -80,29 +81,47 @@ class Hub(BaseHTTPRequestHandler):
         """Silence."""
 
 
-def ask(endpoint: str, names: list[str], kinds: list[str], repository: Path, cache: Path) -> dict[str, str]:
-    """Messages of each kind of load, by name and kind."""
+def asking(endpoint: str, names: list[str], kinds: list[str], repository: Path, cache: Path) -> subprocess.Popen[str]:
+    """Each kind of load of each name, in a process of its own."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
     environment.pop("HF_HUB_OFFLINE", None)
-    process = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", ASK, " ".join(names), " ".join(kinds)],
         cwd=repository,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return dict(json.loads(process.stdout.splitlines()[-1]))
+
+
+def messages_of(process: subprocess.Popen[str]) -> dict[str, str]:
+    """What a user reads, by name and kind."""
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-4000:]
+    return dict(json.loads(said.splitlines()[-1]))
 
 
 @pytest.fixture(scope="module")
-def refused(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def unreachable(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """Nobody listens on port 1, and no test that runs beside this one can be given it: connections are refused."""
+    cache = tmp_path_factory.mktemp("no-network")
+    process = asking("http://127.0.0.1:1", ["some/thing"], NOT_REACHED, repository, cache)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def refused(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory, unreachable: subprocess.Popen[str]
+) -> Iterator[dict[str, str]]:
+    """While the other process waits for its network."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     names = [f"{owner}/thing" for owner in ANSWERS]
     cache = tmp_path_factory.mktemp("hub")
-    yield ask(f"http://127.0.0.1:{server.server_port}", names, list(KINDS), repository, cache)
+    yield messages_of(asking(f"http://127.0.0.1:{server.server_port}", names, list(KINDS), repository, cache))
     server.shutdown()
 
 
@@ -130,11 +149,9 @@ def test_a_refusal_without_a_reason(refused: dict[str, str], kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_no_network(repository: Path, tmp_path: Path) -> None:
-    kinds = ["config", "data"]
-    # nobody listens on port 1, and no test that runs beside this one can be given it: connections are refused
-    messages = ask("http://127.0.0.1:1", ["some/thing"], kinds, repository, tmp_path)
-    for kind in kinds:
+def test_no_network(unreachable: subprocess.Popen[str]) -> None:
+    messages = messages_of(unreachable)
+    for kind in NOT_REACHED:
         message = messages[f"some/thing {kind}"]
         assert message.startswith(f"{KINDS[kind]}: 'some/thing' is neither a local path nor in the local Hub cache")
         assert "cannot be reached" in message and "hf download" in message

@@ -243,6 +243,7 @@ def test_output_on_the_nodes_disk_is_fetched_and_brought_back(played: Bench) -> 
     assert list((played.folder / "node's disk").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_training_over_two_nodes_goes_on_as_if_nothing_had_happened(played: Bench) -> None:
     number, runs = played.training_numbers["stopped"], played.trainings
     played.cluster.wait(number, "RUNNING")
