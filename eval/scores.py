@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from scipy.stats import binomtest
 
 from eval.analysis.schema import CalibrationError, Estimate, TaskAnalysis
@@ -81,6 +81,10 @@ class EceRow:
     errors: dict[str, CalibrationError]
 
 
+BY_TASK = TypeAdapter(dict[str, TaskAnalysis])
+"""Of one system, as ``results.json`` has them."""
+
+
 def read_analyses(ours: Mapping[str, Any]) -> dict[str, dict[str, TaskAnalysis]]:
     """The analyses in ``lora_dropout``; none for a system of an older folder.
 
@@ -89,10 +93,7 @@ def read_analyses(ours: Mapping[str, Any]) -> dict[str, dict[str, TaskAnalysis]]
     """
     try:
         return {
-            system: {
-                task: TaskAnalysis.model_validate(found)
-                for task, found in (ours["systems"][system].get("analysis") or {}).items()
-            }
+            system: BY_TASK.validate_python(ours["systems"][system].get("analysis") or {})
             for system in SYSTEMS
             if system in ours["systems"]
         }

@@ -188,6 +188,8 @@ def choice_answers(task: str, samples: Sequence[Sample]) -> ChoiceAnswers:
     """
     rows = documents(task, first_filter(samples))
     scored = [conditional(row["filtered_resps"], row) for row in rows]
+    for row, answers in zip(rows, scored, strict=True):
+        _assert_choices(task, row, len(answers))
     width = max(len(answers) for answers in scored)
     loglikelihoods = np.full((len(rows), width), -np.inf)
     for place, answers in enumerate(scored):
@@ -333,6 +335,16 @@ def _ending_in(task: str, rows: Sequence[Sample], running: Floats, answer: Float
             f"by {difference.max():.2g}; they should be one number"
         )
     return np.concatenate([running[:-1], answer[None]])
+
+
+def _assert_choices(task: str, row: Sample, count: int) -> None:
+    """Of log-likelihoods there are as many as choices, of which one is right."""
+    choices, gold = len(conditional(row["arguments"], row)), row["lora_dropout"]["gold"]
+    if count != choices or not gold < count:
+        raise ValueError(
+            f"{task}: document {row['doc_id']} has {count} log-likelihoods for {choices} choices, of which number "
+            f"{gold} (from 0) is right"
+        )
 
 
 def _choice_texts(row: Sample) -> tuple[str, ...]:

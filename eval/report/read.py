@@ -34,22 +34,36 @@ def read_results(folder: Path) -> dict[str, Any]:
             "stock lm-eval results have no systems to compare"
         )
     _check_kinds(path, results, OBJECTS)
-    _check_kinds(path, ours, ("systems", "provenance", "recipe"))
+    _check_kinds(path, ours, ("systems",))
+    _check_kinds(path, ours, ("provenance", "recipe", "ensemble"), or_null=True)
     _check_kinds(path, ours["systems"], tuple(ours["systems"]))
-    _check_kinds(path, ours.get("provenance") or {}, ("training", "evaluation"))
+    _check_kinds(path, ours.get("provenance") or {}, ("training", "evaluation"), or_null=True)
+    training = (ours.get("provenance") or {}).get("training") or {}
+    if "seed" in training:
+        _check_seed(path, "provenance.training.seed", training["seed"])
+    if "ensemble" in ours["systems"]:
+        _check_seed(path, "ensemble.seed", (ours.get("ensemble") or {}).get("seed"))
+    for group, parts in results.get("group_subtasks", {}).items():
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise UserError(f"{path}: group_subtasks.{group} is {parts!r}, expected a list of names; evaluate again")
     return results
 
 
-def _check_kinds(path: Path, holder: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+def _check_kinds(path: Path, holder: Mapping[str, Any], keys: tuple[str, ...], or_null: bool = False) -> None:
     """Raise UserError where one of the keys is there, and holds no object."""
     for key in keys:
-        if not isinstance(holder.get(key), dict | type(None)):
+        if key in holder and not isinstance(holder[key], dict) and not (or_null and holder[key] is None):
             raise UserError(f"{path}: {key} is {type(holder[key]).__name__}, expected an object; evaluate again")
+
+
+def _check_seed(path: Path, key: str, seed: Any) -> None:
+    if not isinstance(seed, int):
+        raise UserError(f"{path}: lora_dropout.{key} is {seed!r}, expected a whole number; evaluate again")
 
 
 def recorded_recipe(ours: Mapping[str, Any]) -> Recipe:
     """The recipe that was evaluated. Raises UserError where another version of this project wrote it."""
     try:
-        return Recipe.model_validate_json(json.dumps(ours["recipe"]))
+        return Recipe.model_validate_json(json.dumps(ours.get("recipe")))
     except ValidationError as error:
         raise UserError(f"results.json, lora_dropout.recipe: this version reads other recipes; {error}") from error

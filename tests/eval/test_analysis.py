@@ -146,6 +146,14 @@ def test_what_cannot_be_is_refused() -> None:
         samples[2]["filtered_resps"][1] = (value, False)
         with pytest.raises(ValueError, match="document 2 has a log-likelihood that is not finite"):
             analysed(samples)
+    samples = choice_samples(5, 2, seed=6, records=False)
+    samples[4]["filtered_resps"] = []
+    with pytest.raises(ValueError, match=r"document 4 has 0 log-likelihoods for [2-4] choices"):
+        analysed(samples)
+    samples = choice_samples(5, 2, seed=6, fewer=False)
+    samples[0]["lora_dropout"]["gold"] = 4
+    with pytest.raises(ValueError, match=r"4 log-likelihoods for 4 choices, of which number 4 \(from 0\) is right"):
+        analysed(samples)
     samples = choice_samples(5, 2, seed=6)
     samples[1]["lora_dropout"]["requests"][0]["running"][-1] += 0.1
     with pytest.raises(ValueError, match="document 1: the last running log-likelihood differs"):

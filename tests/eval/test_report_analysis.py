@@ -7,6 +7,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,6 +211,28 @@ def test_an_analysis_of_another_version_is_refused(tmp_path: Path) -> None:
     results = analysed_results(("base",), ("rte",))
     results["lora_dropout"]["systems"]["base"]["analysis"]["rte"]["novelty"] = 1
     with pytest.raises(UserError, match="this version reads others; evaluate again"):
+        write_report(write_results(tmp_path, results))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("lora_dropout", "systems", "base", "analysis"), [[1.0]], "this version reads others; evaluate again"),
+        (("lora_dropout", "recipe"), None, "this version reads other recipes"),
+        (("lora_dropout", "systems"), None, "systems is NoneType, expected an object"),
+        (("lora_dropout", "provenance", "training", "seed"), {}, r"training.seed is \{\}, expected a whole number"),
+        (("lora_dropout", "ensemble"), None, "ensemble.seed is None, expected a whole number"),
+        (("group_subtasks",), None, "group_subtasks is NoneType, expected an object"),
+        (("group_subtasks",), {"mmlu": 3}, "group_subtasks.mmlu is 3, expected a list of names"),
+        (("group_subtasks",), {"mmlu": [None]}, r"group_subtasks.mmlu is \[None\], expected a list of names"),
+    ],
+)
+def test_results_of_another_shape_are_refused(tmp_path: Path, place: tuple[str, ...], value: Any, said: str) -> None:
+    results = holder = analysed_results(("base", "ensemble"), ("rte",))
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    with pytest.raises(UserError, match=said):
         write_report(write_results(tmp_path, results))
 
 
