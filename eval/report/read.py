@@ -37,6 +37,9 @@ def read_results(folder: Path) -> dict[str, Any]:
     _check_kinds(path, ours, ("systems",))
     _check_kinds(path, ours, ("provenance", "recipe", "ensemble"), or_null=True)
     _check_kinds(path, ours["systems"], tuple(ours["systems"]))
+    for name, system in ours["systems"].items():
+        if not isinstance(system.get("results"), dict):
+            raise UserError(f"{path}: lora_dropout.systems.{name} has no object results; evaluate again")
     _check_kinds(path, ours.get("provenance") or {}, ("training", "evaluation"), or_null=True)
     training = (ours.get("provenance") or {}).get("training") or {}
     if "seed" in training:

@@ -218,6 +218,7 @@ def test_an_analysis_of_another_version_is_refused(tmp_path: Path) -> None:
     ("place", "value", "said"),
     [
         (("lora_dropout", "systems", "base", "analysis"), [[1.0]], "this version reads others; evaluate again"),
+        (("lora_dropout", "systems", "base", "results"), [[{}]], "systems.base has no object results"),
         (("lora_dropout", "recipe"), None, "this version reads other recipes"),
         (("lora_dropout", "systems"), None, "systems is NoneType, expected an object"),
         (("lora_dropout", "provenance", "training", "seed"), {}, r"training.seed is \{\}, expected a whole number"),
