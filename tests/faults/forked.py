@@ -71,6 +71,8 @@ def forked() -> Iterator[Forked]:
 
 def started(arguments: list[str], ranks: int, log: str) -> list[int]:
     """Fork the ranks; this process has no threads, so a fork is safe."""
+    import torch
+
     from launch.command import run_command
     from launch.sft import sft
 
@@ -86,6 +88,9 @@ def started(arguments: list[str], ranks: int, log: str) -> list[int]:
             written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(written, 1)
             os.dup2(written, 2)
+            # Torch makes its thread pool anew at a child's first use; by several threads at once (transformers loads
+            # weights with them) they find none: "Invalid thread pool!". Delete when torch guards pthreadpool().
+            torch.set_num_threads(1)
             if ranks > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -111,11 +116,9 @@ def serve() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)  # libraries print
     import deepspeed  # noqa: F401
-    import torch
 
     import pipeline.train  # noqa: F401
 
-    torch.set_num_threads(1)
     for line in sys.stdin:
         question = json.loads(line)
         if "start" in question:

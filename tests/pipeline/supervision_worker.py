@@ -122,6 +122,7 @@ def run_rank(folder: Path, name: str, rank: int, port: int) -> None:
     screen = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(screen, 1)
     os.dup2(screen, 2)
+    torch.set_num_threads(1)
     settings = SETTINGS.model_copy(update={"hang_minutes": 0.06}) if name == "hung" else SETTINGS
     with watching() as watch, told_errors(watch):
         PartialState(cpu=True)
@@ -180,5 +181,4 @@ def main(root: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(Path(sys.argv[1]), sys.argv[2:] or list(SCENARIOS))
