@@ -19,8 +19,9 @@ SCRIPTS = Path(sys.executable).parent
 # For each command in the README: what makes it small and offline. {run} is a run folder, {base} the pocket base. The
 # Alpaca recipe trains in two ranks under ZeRO-3, and the same processes then evaluate without the engine.
 SMALL_ALPACA = (
-    "base.model={base} data.train.0.path={rows} data.max_length=128 training.max_steps=2 training.eval_steps=2 "
-    "training.save_strategy=no distributed.zero=3 output={runs} eval.limit=3 eval.ensemble.instances=2 "
+    "base.model={base} data.train.0.path={rows} data.train.0.limit=40 data.max_length=128 training.max_steps=2 "
+    "training.eval_steps=2 training.gradient_accumulation_steps=1 training.save_strategy=no distributed.zero=3 "
+    "output={runs} eval.limit=3 eval.ensemble.instances=2 "
     "eval.tasks=[{repository}/recipes/pocket/tasks/pocket_choice.yaml]"
 )
 COMMANDS = {
