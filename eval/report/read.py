@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def read_results(folder: Path) -> dict[str, Any]:
     for group, parts in results.get("group_subtasks", {}).items():
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise UserError(f"{path}: group_subtasks.{group} is {parts!r}, expected a list of names; evaluate again")
+    try:
+        TopologicalSorter(results.get("group_subtasks", {})).prepare()
+    except CycleError as error:
+        raise UserError(f"{path}: group_subtasks: {error.args[1][0]} is a part of itself; evaluate again") from error
     return results
 
 

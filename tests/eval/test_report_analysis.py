@@ -226,6 +226,7 @@ def test_an_analysis_of_another_version_is_refused(tmp_path: Path) -> None:
         (("group_subtasks",), None, "group_subtasks is NoneType, expected an object"),
         (("group_subtasks",), {"mmlu": 3}, "group_subtasks.mmlu is 3, expected a list of names"),
         (("group_subtasks",), {"mmlu": [None]}, r"group_subtasks.mmlu is \[None\], expected a list of names"),
+        (("group_subtasks",), {"a": ["b", "rte"], "b": ["a"]}, "group_subtasks: [ab] is a part of itself"),
     ],
 )
 def test_results_of_another_shape_are_refused(tmp_path: Path, place: tuple[str, ...], value: Any, said: str) -> None:
