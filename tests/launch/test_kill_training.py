@@ -24,6 +24,8 @@ from faults.outcome import ADAPTER, checkpoints, damaged, digest, newest_whole, 
 from faults.runs import Setting, write_recipe
 from faults.watch import Watch
 
+from pipeline.checkpoint.files import MANIFEST_FILE
+
 RANKS = 2
 SHORT = ("training.max_steps=7", "training.eval_steps=3", "training.save_steps=2")
 """Checkpoints at steps 2, 4 and 6; seven of the eight steps of an epoch."""
@@ -114,7 +116,8 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     log = folder / "again.log"
     assert server.wait(server.start(folder / "killed.yaml", RANKS, log, *SHORT)) == [0, 0], log.read_text()[-3000:]
     said = log.read_text()
-    assert f"{checkpoint}: {file.name}" in said or f"{checkpoint}: cannot be read" in said, said
+    accused = "" if file.name == MANIFEST_FILE else file.name  # a bit of the manifest may accuse the file it speaks of
+    assert f"{checkpoint}: {accused}" in said or f"{checkpoint}: cannot be read" in said, said
     assert f"going on from {killed / 'checkpoints' / f'checkpoint-{newest - 2}'} (step {newest - 2})" in said
 
     recipe = write_recipe(folder, pocket_base, "whole", setting)
