@@ -62,13 +62,17 @@ STOCK_TWO = (("fp32", "unvalidated", 2), *((base, "validated", 2) for base in BA
 
 # equal losses for the same masks, two ranks: name -> overrides. The first of each group is the reference.
 SAME_FP32 = {
-    **{f"fp32-zero{stage}-{how}": (*zero(stage), *EXECUTIONS[how]) for stage, how in ((2, "batched"), (3, "batched"))},
+    **{
+        f"fp32-zero{stage}-{how}": (*zero(stage), *EXECUTIONS[how])
+        for stage, how in ((2, "batched"), (1, "batched"), (3, "batched"))
+    },
     **{
         f"fp32-zero{stage}-{how}-{kind}": (*zero(stage), *EXECUTIONS[how], *CHECKPOINTING[kind])
         for stage, how, kind in (
             (0, "batched", "reentrant"),
             (0, "sequential", "non-reentrant"),
             (2, "batched", "non-reentrant"),
+            (3, "batched", "reentrant"),
             (3, "sequential", "reentrant"),
         )
     },
@@ -85,6 +89,7 @@ SAME_NF4 = {
     "nf4-zero2": (*NF4, *zero(2)),
     "nf4-zero0": (*NF4, *zero(0)),
     "nf4-zero1-sequential": (*NF4, *zero(1), *EXECUTIONS["sequential"]),
+    "nf4-zero2-sequential-reentrant": (*NF4, *zero(2), *EXECUTIONS["sequential"], *CHECKPOINTING["reentrant"]),
     "nf4-zero3": (*NF4, *zero(3)),
     "nf4-zero3-sequential-reentrant": (*NF4, *zero(3), *EXECUTIONS["sequential"], *CHECKPOINTING["reentrant"]),
     "nf4-zero3-offload": (*NF4, *zero(3, "all")),
