@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 from datasets.exceptions import DatasetsError
+from httpx2 import HTTPError
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -31,6 +32,7 @@ MEMBER = "::"
 
 TASK_FILE_ERRORS = (
     OSError,  # no such file or dataset, no network
+    HTTPError,  # a network that is lost during a download
     LookupError,  # a split or column that the data has not
     ValueError,
     TypeError,  # a key that lm-eval does not know

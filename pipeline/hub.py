@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from datasets.exceptions import DatasetNotFoundError
-from httpx2 import HTTPError  # what huggingface_hub lets through where there is no network
-from huggingface_hub import HfApi, get_token
+from httpx2 import ConnectError, ConnectTimeout, HTTPError, NetworkError, RemoteProtocolError, TimeoutException
+from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -25,6 +25,19 @@ from safetensors import SafetensorError
 from pipeline.errors import UserError
 from pipeline.recipe.problems import shortened
 
+BROKEN_OFF = (NetworkError, TimeoutException, RemoteProtocolError)
+"""What is left of a download when huggingface_hub has tried it again often enough (its own list, utils/_http.py)."""
+UNREACHABLE = (
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    ConnectionError,
+    TimeoutError,
+    ConnectError,
+    ConnectTimeout,
+)
+CLIENT_CLOSED = "client has been closed"
+"""httpx2's words where another thread found no network and closed the client that they share (huggingface_hub 2.4,
+utils/_http.py, close_session)."""
 PICKLES = (
     "A pickle can run code when it is read, so none is. Take a model in safetensors, or convert this one where you "
     "trust it: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), and its tokenizer likewise."
@@ -65,6 +78,34 @@ def _gated_status(error: BaseException) -> int | None:
     return None
 
 
+def _fetched(name: str, key: str) -> str:
+    """How to have it without a network: datasets does not look into the cache that ``hf download`` fills (5.2)."""
+    if key.startswith("data."):
+        return (
+            f"Where there is a network, `hf download {name} --repo-type dataset --local-dir FOLDER` fetches it; then "
+            f"give in {key} the folder that its json or parquet files lie in."
+        )
+    return f"Where there is a network, `hf download {name}` fetches it; then copy the cache (HF_HOME) here."
+
+
+def _not_here(name: str, key: str) -> str:
+    reason = " (HF_HUB_OFFLINE is set)" if is_offline_mode() else ""
+    return (
+        f"{key}: {name!r} is neither a local path nor in the local Hub cache, and the Hub cannot be reached{reason}.\n"
+        + _fetched(name, key)
+    )
+
+
+def _again(name: str) -> str:
+    """A hint for errors that name no cause: transformers says of some downloads that broke off that a file lacks."""
+    return "" if os.path.exists(os.path.expanduser(name)) else "\nIf the network failed meanwhile, start again."
+
+
+def _says_unreachable(words: str) -> bool:
+    """Whether an error that kept nothing but its words is of a network that is not there."""
+    return "couldn't connect" in words.lower() or CLIENT_CLOSED in words
+
+
 def _hub_message(name: str, key: str, error: BaseException) -> str | None:
     """Plain words for a Hub error, or None where the error is of another kind."""
     causes = list(_chain(error))
@@ -86,19 +127,22 @@ def _hub_message(name: str, key: str, error: BaseException) -> str | None:
     if status in (401, 403):
         return f"{key}: the Hub refused {name!r} (HTTP {status}). Run `hf auth login` or set HF_TOKEN."
     if any("cannot be loaded with `safetensors`" in str(e) for e in causes):  # transformers' words, 5.23
+        if is_offline_mode() and not os.path.exists(os.path.expanduser(name)):  # of the cache it says the same
+            return _not_here(name, key)
         return f"{key}: {name!r} has no weights in safetensors.\n{PICKLES}"
     if any("trust_remote_code=True" in str(e) for e in causes):
         return (
             f"{key}: {name!r} brings Python code of its own, and base.trust_remote_code is false.\n"
             "Read that code; then set base.trust_remote_code=true, with the commit that you read in base.revision."
         )
-    unreachable = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError)
-    if any(isinstance(e, unreachable) or "couldn't connect" in str(e).lower() for e in causes):
+    broken = next((e for e in causes if isinstance(e, BROKEN_OFF) and not isinstance(e, UNREACHABLE)), None)
+    if broken is not None:
         return (
-            f"{key}: {name!r} is neither a local path nor in the local Hub cache, and the Hub cannot be reached.\n"
-            "Download it where there is a network (`hf download "
-            f"{name}`) and copy the cache or the folder here, or give a local path."
+            f"{key}: the download of {name!r} from the Hub broke off: {type(broken).__name__}: {broken}\n"
+            f"Start again: files that are whole stay in the cache. {_fetched(name, key)}"
         )
+    if any(isinstance(e, UNREACHABLE) or _says_unreachable(str(e)) for e in causes):
+        return _not_here(name, key)
     if any(isinstance(e, EntryNotFoundError) for e in causes):
         return f"{key}: {name!r} lacks a file that is needed: {error}"
     return None
@@ -114,9 +158,13 @@ def hub_errors(name: str, key: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError, HfHubHTTPError, ConnectionError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, HTTPError) as error:
         message = _hub_message(name, key, error)
-        raise UserError(message or f"{key}: {name!r} cannot be loaded: {error}") from error
+        raise UserError(message or f"{key}: {name!r} cannot be loaded: {error}{_again(name)}") from error
+    except RuntimeError as error:
+        if CLIENT_CLOSED not in str(error):
+            raise
+        raise UserError(_hub_message(name, key, error)) from error
 
 
 def check_push(repo_id: str) -> None:

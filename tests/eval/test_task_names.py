@@ -121,6 +121,18 @@ def test_a_task_file_that_cannot_be_loaded_says_why(tmp_path: Path, name: str, t
     assert cause in str(error.value)
 
 
+def test_a_network_that_is_lost_while_data_is_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "lost.py").write_text(
+        "import httpx2\n\n\ndef rows(**_):\n    raise httpx2.ReadError('reset by peer')\n"
+    )
+    (tmp_path / "lost.yaml").write_text(
+        "task: lost\ncustom_dataset: !function lost.rows\ntest_split: test\noutput_type: generate_until\n"
+        "doc_to_text: q\ndoc_to_target: a\n"
+    )
+    with pytest.raises(UserError, match=r"ReadError: reset by peer\n.* nor to be had from the Hub"):
+        load_tasks(Eval(tasks=[str(tmp_path / "lost.yaml")]))
+
+
 def test_tasks_that_run_generated_code_are_refused(tmp_path: Path, task_folder: Path) -> None:
     text = (task_folder / "tiny_words.yaml").read_text().replace("task: tiny_words", "task: coder\nunsafe_code: true")
     (tmp_path / "coder.yaml").write_text(text)

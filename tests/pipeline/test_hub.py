@@ -1,4 +1,4 @@
-"""What a user reads when the Hub refuses, lacks or cannot be reached: real requests to a server on this machine."""
+"""What a user reads when the Hub refuses, breaks off or is not there: real requests to a server on this machine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.hub import check_local, looks_like_path
+from pipeline.hub import check_local, hub_errors, looks_like_path
 
 # owner -> HTTP status and the Hub's X-Error-Code
 ANSWERS = {
@@ -23,15 +24,17 @@ ANSWERS = {
     "private": (401, "RepoNotFound"),
     "gone": (404, "RepoNotFound"),
     "banned": (403, ""),
+    "broken": (200, ""),
 }
+REFUSED = [owner for owner, (status, _) in ANSWERS.items() if status != 200]
 
 KINDS = {"tokenizer": "base.model", "config": "base.model", "model": "base.model", "data": "data.train.0.path"}
 NOT_REACHED = ["config", "data"]
+BROKEN_OFF = ["model", "data"]
 
 ASK = """
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.base import load_base, load_config, load_tokenizer
 from pipeline.data import load_rows
@@ -54,39 +57,41 @@ def message(name, kind):
         return str(error)
 
 
-names, kinds = sys.argv[1].split(), sys.argv[2].split()
-asked = [(name, kind) for name in names for kind in kinds]
-with ThreadPoolExecutor(1 if len(names) > 1 else len(kinds)) as pool:  # each retries for 23 s without a network
-    answers = list(pool.map(message, *zip(*asked)))
-print(json.dumps({f"{name} {kind}": answer for (name, kind), answer in zip(asked, answers)}))
+print(json.dumps({asked: message(*asked.split()) for asked in sys.argv[1:]}))
 """
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Refuses by the owner's name."""
+    """Refuses by the owner's name, or breaks off."""
 
-    def do_GET(self) -> None:
+    def do_HEAD(self) -> None:
         owner = next((name for name in ANSWERS if f"/{name}/" in self.path), "gone")
         status, code = ANSWERS[owner]
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
+        if owner == "broken":
+            self.send_header("X-Repo-Commit", "1" * 40)
+            self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", "9" if owner == "broken" else "0")
         self.end_headers()
 
-    do_HEAD = do_GET
+    def do_GET(self) -> None:
+        """Of a body nothing arrives but its length."""
+        self.do_HEAD()
+
     do_POST = do_GET
 
     def log_message(self, *arguments: object) -> None:
         """Silence."""
 
 
-def asking(endpoint: str, names: list[str], kinds: list[str], repository: Path, cache: Path) -> subprocess.Popen[str]:
-    """Each kind of load of each name, in a process of its own."""
+def asking(endpoint: str, asked: list[str], repository: Path, cache: Path) -> subprocess.Popen[str]:
+    """Names with the kinds of their loads, one after the other, in a process of its own."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
     environment.pop("HF_HUB_OFFLINE", None)
     return subprocess.Popen(
-        [sys.executable, "-c", ASK, " ".join(names), " ".join(kinds)],
+        [sys.executable, "-c", ASK, *asked],
         cwd=repository,
         env=environment,
         stdout=subprocess.PIPE,
@@ -103,32 +108,42 @@ def messages_of(process: subprocess.Popen[str]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def unreachable(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    """Nobody listens on port 1, and no test that runs beside this one can be given it: connections are refused."""
-    cache = tmp_path_factory.mktemp("no-network")
-    process = asking("http://127.0.0.1:1", ["some/thing"], NOT_REACHED, repository, cache)
-    yield process
-    process.kill()
-    process.communicate()
+def unreachable(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Processes that try again for 23 s, by kind of load; one process would share one client of the Hub.
+
+    Nobody listens on port 1, and no test that runs beside this one can be given it: connections are refused.
+    """
+    processes = {
+        kind: asking("http://127.0.0.1:1", [f"some/thing {kind}"], repository, tmp_path_factory.mktemp(f"no-{kind}"))
+        for kind in NOT_REACHED
+    }
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="module")
-def refused(
-    repository: Path, tmp_path_factory: pytest.TempPathFactory, unreachable: subprocess.Popen[str]
+def answered(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory, unreachable: dict[str, subprocess.Popen[str]]
 ) -> Iterator[dict[str, str]]:
-    """While the other process waits for its network."""
+    """While the other processes wait for their network."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    names = [f"{owner}/thing" for owner in ANSWERS]
-    cache = tmp_path_factory.mktemp("hub")
-    yield messages_of(asking(f"http://127.0.0.1:{server.server_port}", names, list(KINDS), repository, cache))
+    asked = [f"{owner}/thing {kind}" for owner in REFUSED for kind in KINDS]
+    asked += [f"broken/thing {kind}" for kind in BROKEN_OFF]
+    yield messages_of(
+        asking(f"http://127.0.0.1:{server.server_port}", asked, repository, tmp_path_factory.mktemp("hub"))
+    )
     server.shutdown()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_gated_repository_is_named_with_its_status(refused: dict[str, str], kind: str, status: int) -> None:
-    message = refused[f"gated{status}/thing {kind}"]
+def test_a_gated_repository_is_named_with_its_status(answered: dict[str, str], kind: str, status: int) -> None:
+    message = answered[f"gated{status}/thing {kind}"]
     assert message.startswith(f"{KINDS[kind]}: 'gated{status}/thing' is a gated repository on the Hub (HTTP {status})")
     assert "accept its terms" in message and "hf auth login" in message and "HF_TOKEN" in message
     page = "datasets/" if kind == "data" else ""
@@ -137,24 +152,81 @@ def test_a_gated_repository_is_named_with_its_status(refused: dict[str, str], ki
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("owner", ["private", "gone"])
-def test_an_unknown_or_private_repository(refused: dict[str, str], kind: str, owner: str) -> None:
-    message = refused[f"{owner}/thing {kind}"]
+def test_an_unknown_or_private_repository(answered: dict[str, str], kind: str, owner: str) -> None:
+    message = answered[f"{owner}/thing {kind}"]
     assert f"{KINDS[kind]}: the Hub knows no '{owner}/thing', or it is private" in message
     assert "Check the spelling" in message
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_refusal_without_a_reason(refused: dict[str, str], kind: str) -> None:
-    assert "HTTP 403" in refused[f"banned/thing {kind}"]
+def test_a_refusal_without_a_reason(answered: dict[str, str], kind: str) -> None:
+    assert "HTTP 403" in answered[f"banned/thing {kind}"]
+
+
+@pytest.mark.parametrize("kind", BROKEN_OFF)
+def test_a_download_that_breaks_off(answered: dict[str, str], kind: str) -> None:
+    message = answered[f"broken/thing {kind}"]
+    assert message.startswith(f"{KINDS[kind]}: the download of 'broken/thing' from the Hub broke off: RemoteProtocol")
+    assert "Start again" in message
 
 
 @pytest.mark.slow
-def test_no_network(unreachable: subprocess.Popen[str]) -> None:
-    messages = messages_of(unreachable)
-    for kind in NOT_REACHED:
-        message = messages[f"some/thing {kind}"]
-        assert message.startswith(f"{KINDS[kind]}: 'some/thing' is neither a local path nor in the local Hub cache")
-        assert "cannot be reached" in message and "hf download" in message
+@pytest.mark.parametrize("kind", NOT_REACHED)
+def test_no_network(unreachable: dict[str, subprocess.Popen[str]], kind: str) -> None:
+    message = messages_of(unreachable[kind])[f"some/thing {kind}"]
+    assert message.startswith(f"{KINDS[kind]}: 'some/thing' is neither a local path nor in the local Hub cache")
+    assert "cannot be reached" in message
+    assert ("hf download some/thing --repo-type dataset" if kind == "data" else "`hf download some/thing`") in message
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    """An error that another led to, as libraries wrap those of the network."""
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (httpx2.ConnectError("[Errno -2] Name or service not known"), "cannot be reached"),
+        (httpx2.ConnectTimeout("timed out"), "cannot be reached"),
+        (RuntimeError("Cannot send a request, as the client has been closed."), "cannot be reached"),
+        (caused(OSError("Can't load it"), RuntimeError("as the client has been closed.")), "cannot be reached"),
+        (httpx2.ReadTimeout("timed out"), "broke off: ReadTimeout: timed out"),
+        (httpx2.ReadError("[Errno 104] Connection reset by peer"), "broke off: ReadError"),
+        (caused(OSError("Can't load it"), httpx2.RemoteProtocolError("peer closed")), "broke off: RemoteProtocolError"),
+        (httpx2.UnsupportedProtocol("Request URL is missing an 'http://' protocol"), "cannot be loaded: Request URL"),
+        (
+            OSError("some/thing does not appear to have files named"),
+            "named\nIf the network failed meanwhile, start again.",
+        ),
+    ],
+)
+def test_errors_of_the_network_are_told_in_words(error: Exception, words: str) -> None:
+    with pytest.raises(UserError, match=r"base\.model: .*some/thing") as told, hub_errors("some/thing", "base.model"):
+        raise error
+    assert words in str(told.value)
+
+
+def test_weights_that_are_not_in_the_cache_offline(tmp_path: Path) -> None:
+    """transformers says of such a base, whose configuration is in the cache, that its weights are no safetensors."""
+    error = OSError("some/thing is a model that cannot be loaded with `safetensors`")
+    absent = r"is neither a local path .* \(HF_HUB_OFFLINE is set\)"
+    with pytest.raises(UserError, match=absent), hub_errors("some/thing", "base.model"):
+        raise error
+    with pytest.raises(UserError, match="has no weights in safetensors"), hub_errors(str(tmp_path), "base.model"):
+        raise error
+
+
+def test_other_errors_of_a_computation_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), hub_errors("some/thing", "base.model"):
+        raise RuntimeError("out of memory")
+
+
+def test_a_local_path_has_nothing_to_do_with_the_network(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as told, hub_errors(str(tmp_path), "base.model"):
+        raise OSError("no file named config.json")
+    assert "network" not in str(told.value)
 
 
 def test_offline_mode_says_the_same() -> None:
