@@ -32,9 +32,11 @@ def evaluate(
     from pipeline.process.environment import prepare_environment
 
     prepare_environment()
+    from pipeline.process.rendezvous import check_port
     from pipeline.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, overrides or [])
+    check_port()
     from eval.run import evaluate as run  # takes seconds to import: after the recipe's mistakes are told
     from pipeline.run.folder import run_folder
 

@@ -30,9 +30,11 @@ def sft(
     from pipeline.process.environment import prepare_environment
 
     prepare_environment()
+    from pipeline.process.rendezvous import check_port
     from pipeline.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, overrides or [])
+    check_port()
     if evaluation and recipe.eval.tasks:
         from eval.adapters import check_deep_ensemble  # imports take seconds: after the recipe's mistakes are told
         from eval.tasks import check_tasks

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import pty
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.errors import UserError
 from pipeline.process import rank as processes
+from pipeline.process.rendezvous import check_port
 
 TASK = {
     "SLURM_STEP_ID": "0",
@@ -60,6 +64,43 @@ def test_a_command_at_a_terminal_is_one_process() -> None:
     said = os.read(terminal, 4096).decode()
     os.waitpid(process, 0)
     assert said.strip() == str([None] * 6)
+
+
+def test_a_port_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", *ADOPTED):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        check_port()  # plain python meets nobody
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        check_port()  # listens nowhere
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(UserError, match=rf"(?s)MASTER_PORT: {taken.getsockname()[1]}, .* --master_port 29501"):
+            check_port()
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        check_port()  # torchrun's agent it is that listens
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+        caller = socket.create_connection(taken.getsockname())
+        taken.accept()[0].close()  # whoever closes first keeps the port waiting for a minute
+    check_port()
+    caller.close()
+
+
+@pytest.mark.parametrize("command", ["sft", "evaluate"])
+def test_commands_look_before_anything_is_loaded(repository: Path, tmp_path: Path, command: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("{name: r, base: {model: ./none}, data: {train: [{path: ./none}]}, eval: {tasks: [none]}}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        meeting = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}
+        done = subprocess.run(
+            [sys.executable, str(repository / "launch" / f"{command}.py"), str(recipe)],
+            env={**os.environ, **meeting},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert "MASTER_PORT" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

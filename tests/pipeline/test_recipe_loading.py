@@ -204,7 +204,7 @@ text = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20) | st
         "x\n",
     ]
 )
-path_text = text.filter(lambda value: not value.startswith(".") and value != "")
+path_text = text.filter(lambda value: not value.startswith((".", "~/")) and value != "")  # absolute once read
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 sources = st.fixed_dictionaries(
     {"path": path_text},

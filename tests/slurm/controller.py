@@ -7,7 +7,7 @@ Each offers 64 cores and 16 graphics cards, which are only counted: jobs of seve
 from __future__ import annotations
 
 import os
-import random
+import secrets
 import shutil
 import socket
 import subprocess
@@ -136,7 +136,7 @@ def started_cluster(folder: Path, kill_wait: int = 30) -> Iterator[Cluster]:
     key.chmod(0o600)
     folder.chmod(0o755)  # munged refuses a socket in a folder that others may write to, or may not enter
     values = {"host": socket.gethostname(), "nodes": NODES, "ports": _free_ports(3), "folder": folder}
-    first_job = random.randrange(1, 12000)
+    first_job = 1 + secrets.randbelow(12000)  # libraries seed `random`, alike in two suites that run at once
     (folder / "slurm.conf").write_text(CONFIGURATION.format(**values, kill_wait=kill_wait, first_job=first_job))
     (folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-15]\n")
     cluster = Cluster(folder)

@@ -1,0 +1,36 @@
+"""Where the processes of a run meet: a port of rank 0's machine, which the launcher or SLURM has chosen."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from pipeline.errors import UserError
+from pipeline.process.rank import launched, rank
+
+
+def check_port() -> None:
+    """Refuse a port that somebody listens on already; rank 0 looks, where it will listen itself.
+
+    ``deepspeed`` gives every run of a machine port 29500 unless told otherwise. torch would end rank 0 in a traceback,
+    after the data is read, while the other ranks call on the other run. Under torchrun the agent listens.
+
+    Raises:
+        UserError: says how to name another port.
+    """
+    if not launched() or rank() != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = int(os.environ["MASTER_PORT"])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: ports of ended runs are free
+        try:
+            probe.bind(("", port))  # without listening: no other rank may take this for the meeting
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise UserError(
+                f"MASTER_PORT: {port}, where the processes are to meet, is taken on {socket.gethostname()}, probably "
+                "by another run.\nGive each run its own: `deepspeed --master_port 29501 ...`, or MASTER_PORT in the "
+                "environment of `srun`."
+            ) from error
