@@ -50,10 +50,10 @@ def table(result: Result) -> RenderableType:
             f"{row.tokens_per_second:,.0f}",
             in_words(row.peak_bytes),
         )
-    return Group(Text(in_two_lines(result)), Text(), grid, Text(), *(Text(line) for line in plain_words(result)))
+    return Group(Text(in_three_lines(result)), Text(), grid, Text(), *(Text(line) for line in plain_words(result)))
 
 
-def in_two_lines(result: Result) -> str:
+def in_three_lines(result: Result) -> str:
     """What was measured, and how."""
     found = result.conditions
     layers = "" if found["level"] == "layer" else f", {found['layers']} layers"
@@ -67,7 +67,7 @@ def in_two_lines(result: Result) -> str:
     return (
         f"{found['model']}{layers}, {found['quantization']} base, {found['dtype']}, rank {found['rank']}, "
         f"{found['rows']} rows x {found['tokens_per_row']:.0f} tokens{recompute}\n{found['device']}, "
-        f"{threads}; {found['rounds']} interleaved rounds, medians ± half the quartiles' distance{ranges}"
+        f"{threads}\n{found['rounds']} interleaved rounds, medians ± half the quartiles' distance{ranges}"
     )
 
 
@@ -120,5 +120,5 @@ def draw(result: Result, file: Path) -> None:
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.tick_params(labelsize=9)
-    figure.suptitle(in_two_lines(result), fontsize=8.5, color=INK, x=0.01, ha="left")
+    figure.suptitle(in_three_lines(result), fontsize=8.5, color=INK, x=0.01, ha="left")
     figure.savefig(file, dpi=160)

@@ -82,7 +82,7 @@ def read_entry(folder: Path) -> Splits | None:
         return None
     try:
         content = (folder / ENTRY_FILE).read_bytes()
-        if hashlib.sha256(content).hexdigest() != (folder / CHECKSUM_FILE).read_text().strip():
+        if hashlib.sha256(content).hexdigest() != (folder / CHECKSUM_FILE).read_text().removesuffix("\n"):
             raise DamagedEntry(f"{ENTRY_FILE} is not what was written")
         entry = json.loads(content)
         for name, expected in entry["files"].items():

@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Ranks:
         """Args: folder: of the run; :func:`clear_ranks` has prepared it on every node."""
         self.folder = folder / RANKS_FOLDER
         self._process = psutil.Process()
-        self._neighbours: dict[int, psutil.Process] = {}
+        self._neighbours: dict[int, tuple[int, psutil.Process | None]] = {}
         self._killed_before = kernel_kills()
 
     def write(self, pulse: Pulse, call: str) -> None:
@@ -78,6 +79,7 @@ class Ranks:
         told = {
             "rank": rank(),
             "host": socket.gethostname(),
+            "pid_namespace": _pid_namespace(),
             "pid": self._process.pid,
             "created": self._process.create_time(),
             "phase": pulse.phase,
@@ -135,14 +137,14 @@ class Ranks:
     def lost(self) -> Failure | None:
         """A rank of this machine that has ended without a word: killed."""
         self._meet()
-        for other, process in self._neighbours.items():
-            if not is_gone(process):
+        for other, (number, process) in self._neighbours.items():
+            if process is not None and not is_gone(process):
                 continue
-            told = self.told(other)
+            told = self.told(other)  # after it was gone: what ends by itself says so first
             if told is None or told["exit_status"] is None:
-                return Failure(other, 1, f"(process {process.pid}) was killed (SIGKILL){self._why()}")
+                return Failure(other, 1, f"(process {number}) was killed (SIGKILL){self._why()}")
             if told["exit_status"] != 0:
-                return Failure(other, told["exit_status"], f"(process {process.pid}) has ended: {told['message']}")
+                return Failure(other, told["exit_status"], f"(process {number}) has ended: {told['message']}")
         return None
 
     def _why(self) -> str:
@@ -151,23 +153,34 @@ class Ranks:
         return "; out of memory? The kernel counts no such kill"
 
     def _meet(self) -> None:
-        """Learn the processes of the ranks of this machine, which write their files when they start."""
+        """Learn the processes of the ranks of this machine, which write their files when they start.
+
+        One that its launcher has reaped before this first look is None.
+        """
         here = rank() - int(os.environ.get("LOCAL_RANK", "0"))
         for other in range(here, min(here + local_world_size(), world_size())):
             if other == rank() or other in self._neighbours:
                 continue
             told = self.told(other)
-            if told is None or told["host"] != socket.gethostname():
+            if told is None or (told["host"], told.get("pid_namespace")) != (socket.gethostname(), _pid_namespace()):
                 continue
-            try:
-                process = psutil.Process(told["pid"])
-            except psutil.NoSuchProcess:
-                continue
-            if abs(process.create_time() - told["created"]) < 1:
-                self._neighbours[other] = process
+            process: psutil.Process | None = None
+            with suppress(psutil.NoSuchProcess):
+                found = psutil.Process(told["pid"])
+                if abs(found.create_time() - told["created"]) < 1:  # else the number is another's by now
+                    process = found
+            self._neighbours[other] = (told["pid"], process)
 
     def _file(self, of: int) -> Path:
         return self.folder / f"rank-{of}.json"
+
+
+def _pid_namespace() -> str:
+    """Containers of one host may number their processes each for itself."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def kernel_kills() -> int:

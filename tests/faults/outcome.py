@@ -88,7 +88,7 @@ def damaged(file: Path, how: str, draw: random.Random) -> None:
         file.unlink()
         return
     if how == "truncated":
-        content = content[: draw.randrange(len(content))]
+        content = content[: draw.randrange(len(content) - 1)]  # a manifest without its last newline is whole
     else:
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     file.write_bytes(content)

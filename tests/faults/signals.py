@@ -23,7 +23,7 @@ import psutil
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "launch")]
 
-from sft_support import LAUNCHERS, environment, write_recipe
+from sft_support import environment, launched_by, write_recipe
 
 REPOSITORY = TESTS.parent
 CASES = {
@@ -74,7 +74,7 @@ def run(case: str, recipe: Path) -> str:
     with log.open("w") as screen:
         command = subprocess.Popen(
             [
-                *LAUNCHERS[launcher],
+                *launched_by(launcher),
                 "launch/sft.py",
                 str(recipe),
                 f"name={case}",

@@ -50,7 +50,12 @@ def environment() -> dict[str, str]:
 
 LAUNCHERS = {
     "python": [sys.executable],
-    "deepspeed": [str(SCRIPTS / "deepspeed"), "--num_gpus", "2", "--master_port", free_port()],
+    "deepspeed": [str(SCRIPTS / "deepspeed"), "--num_gpus", "2"],
     "torchrun": [str(SCRIPTS / "torchrun"), "--standalone", "--nproc_per_node", "2"],
     "accelerate": [str(SCRIPTS / "accelerate"), "launch", "--cpu", "--num_processes", "1"],
 }
+
+
+def launched_by(launcher: str) -> list[str]:
+    """The beginning of a command line; deepspeed's with a port that no other run has."""
+    return [*LAUNCHERS[launcher], *(["--master_port", free_port()] if launcher == "deepspeed" else [])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -133,6 +134,7 @@ def test_no_16_bit_copy_of_more_than_one_layer_while_building() -> None:
     for depth in (3, 12):
         config.num_hidden_layers = depth
         models: list[PreTrainedModel] = []
+        gc.collect()  # else the model before, whose layers are cycles, may go while this one comes
         rise = memory_rise(partial(built_into, models, config), CPU)
         layers = [module for module in models[0].modules() if isinstance(module, Linear4bit)]
         assert len(layers) == 7 * depth
@@ -217,7 +219,7 @@ def test_a_turn_is_its_steps_with_their_checkpoint(monkeypatch: pytest.MonkeyPat
     _, first, second = (Turn(*json.loads(line)) for line in channel.getvalue().splitlines())
     assert first.seconds >= first.saving >= 0.02 > first.processor_seconds
     assert second.saving == 0 and second.seconds >= second.watching >= 0.03
-    assert first.watching < 0.01
+    assert first.watching < second.watching
 
 
 @pytest.mark.slow

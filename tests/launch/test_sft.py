@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from sft_support import LAUNCHERS, environment, write_recipe
+from sft_support import LAUNCHERS, environment, launched_by, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ ENGINES = {
 
 
 def sft(repository: Path, launcher: str, recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [*LAUNCHERS[launcher], str(repository / "launch" / "sft.py"), str(recipe), *arguments]
+    command = [*launched_by(launcher), str(repository / "launch" / "sft.py"), str(recipe), *arguments]
     return subprocess.run(command, env=environment(), cwd=repository, capture_output=True, text=True, timeout=300)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
-from sft_support import LAUNCHERS, environment, write_recipe
+from sft_support import environment, launched_by, write_recipe
 
 from launch.command import STATUSES
 from pipeline.process import exit_status
@@ -26,7 +26,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, pocket_base: Path) -> Path:
 def start(repository: Path, launcher: str, recipe: Path, *arguments: str) -> subprocess.Popen[str]:
     """In a session of its own, as a terminal's foreground job."""
     return subprocess.Popen(
-        [*LAUNCHERS[launcher], "launch/sft.py", str(recipe), "--no-eval", *arguments],
+        [*launched_by(launcher), "launch/sft.py", str(recipe), "--no-eval", *arguments],
         env=environment(),
         cwd=repository,
         stdout=subprocess.PIPE,
@@ -56,9 +56,11 @@ def test_a_signal_before_training_ends_it_with_one_sentence(
     output, errors = process.communicate(timeout=30)
     assert process.returncode == (exit_status.INTERRUPTED if number == signal.SIGINT else exit_status.STOPPED)
     cause = "Ctrl-C" if number == signal.SIGINT else number.name
-    assert errors.strip() == (
+    # python itself may have a word to say of what was interrupted amid its imports, before ours
+    assert errors.strip().endswith(
         f"stopped by {cause} before training began; nothing is lost, the same command starts again"
     ), output
+    assert errors.count("Traceback") <= errors.count("Exception ignored")
     assert not (recipe.parent / "outputs" / f"early-{number.name}").exists()
 
 

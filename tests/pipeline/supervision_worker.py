@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from ports import free_port
 
 from launch.command import told_errors
 from pipeline.errors import UserError
@@ -109,7 +110,7 @@ def loop(supervisor: Supervisor, folder: Path, rank: int, fault: Callable[[int],
         time.sleep(0.02)
 
 
-def run_rank(folder: Path, name: str, rank: int, port: int) -> None:
+def run_rank(folder: Path, name: str, rank: int, port: str) -> None:
     """One rank of a scenario, as a command runs it."""
     os.environ.update(
         RANK=str(rank),
@@ -117,7 +118,7 @@ def run_rank(folder: Path, name: str, rank: int, port: int) -> None:
         WORLD_SIZE="2",
         LOCAL_WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        MASTER_PORT=port,
     )
     screen = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(screen, 1)
@@ -130,12 +131,6 @@ def run_rank(folder: Path, name: str, rank: int, port: int) -> None:
             loop(supervisor, folder, rank, SCENARIOS[name])
         dist.destroy_process_group()
     os._exit(0)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def start(folder: Path, name: str) -> dict[int, int]:

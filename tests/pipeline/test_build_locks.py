@@ -35,9 +35,10 @@ def test_only_a_killed_process_s_lock_is_removed(
     os.utime(lock, (old - 3600, old - 3600))
     clear_abandoned_build_locks()
     assert lock.exists() and capsys.readouterr().out == ""
-    os.utime(lock, (old, old))
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
+    old = time.time() - ABANDONED_SECONDS + 1
+    os.utime(lock, (old, old))
     clear_abandoned_build_locks()
     assert not lock.exists()
     said = capsys.readouterr().out

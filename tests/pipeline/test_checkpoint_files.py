@@ -76,7 +76,7 @@ def test_damage_is_told_and_the_next_older_one_taken(tmp_path: Path, name: str, 
         content[place] ^= 1 << random.randrange(8)
         file.write_bytes(content)
     else:
-        file.write_bytes(content[: random.randrange(len(content)) if damage == "cut" else 0])
+        file.write_bytes(content[: random.randrange(len(content) - 1) if damage == "cut" else 0])
     found, damaged = newest_whole(tmp_path)
     assert found is not None and found.step == 8
     assert len(damaged) == 1 and damaged[0].startswith(str(newest))

@@ -289,7 +289,7 @@ def test_rank_0_tells_what_is_wrong_with_the_data(scenes: dict[str, Any]) -> Non
     """Found by whoever is first, told by rank 0, which ends first; a launcher then ends the others."""
     told = scenes["mistake"]
     assert list(told["ends"]) == ["0"] and "20 of 60 rows have no trained token" in told["ends"]["0"], told
-    assert told["tokenised"] in (1, 2)  # rank 0 may come after it was found
+    assert 1 <= told["tokenised"] <= 4  # whoever comes after it was found looks anew
 
 
 def test_the_fingerprint_of_the_sources_is_that_of_their_text(

@@ -157,11 +157,16 @@ def test_gradient_is_the_mean_over_examples_and_copies() -> None:
     gradient = tiny_model(int(torch.randint(2**31, ())))
     instance = Setting("instance", 2, 3).drawn([0, 2, 1], repeat=5)
     each = [gradient(Draw([row], [mask], 1, instance.purpose)) for mask in instance.masks for row in instance.rows]
-    torch.testing.assert_close(gradient(instance), torch.stack(each).mean(dim=0), rtol=1e-4, atol=1e-6)
+    assert_equal_gradients(gradient(instance), torch.stack(each).mean(dim=0))
     example = Setting("example", 2, 3).drawn([0, 2, 1], repeat=5)
     rows = [*example.rows, *example.rows]
     each = [gradient(Draw([row], [mask], 1, example.purpose)) for row, mask in zip(rows, example.masks, strict=True)]
-    torch.testing.assert_close(gradient(example), torch.stack(each).mean(dim=0), rtol=1e-4, atol=1e-6)
+    assert_equal_gradients(gradient(example), torch.stack(each).mean(dim=0))
+
+
+def assert_equal_gradients(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Relative to the largest element: small ones are differences of large ones. Of 250 models the worst took 3e-5."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 def test_predictions_hold_on_a_real_network() -> None:

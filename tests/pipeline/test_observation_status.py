@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from eval.logs import CountedBar, current_task, progress_bar
 from pipeline.errors import UserError
@@ -179,10 +180,8 @@ def test_an_evaluation_tells_how_far_it_is_and_how_it_ended(tmp_path: Path) -> N
         CountedBar.system = "the adapter"
         with progress_bar(total=10, done=2, what="log-likelihoods", disable=False) as bar:
             bar.update(3)
-            time.sleep(0.3)  # the thread writes
-            assert (found().task, found().share) == ("the adapter, log-likelihoods", 0.5)
-        time.sleep(0.3)
-        assert found().task is None
+            wait_until(lambda: (found().task, found().share) == ("the adapter, log-likelihoods", 0.5))
+        wait_until(lambda: found().task is None)
     assert (found().state, found().exit_status, found().attempts) == ("finished", 0, 1)
     for error, exit_status in ((UserError("no such task"), 2), (ValueError("a bug"), 1)):
         with pytest.raises(type(error)), observed_evaluation(tmp_path, 10.0, current_task):

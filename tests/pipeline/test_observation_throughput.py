@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -162,22 +161,29 @@ def test_peaks_are_of_the_device_that_torch_names() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
 
 
-def test_shares_are_those_of_the_clock() -> None:
+def test_shares_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr("pipeline.observation.throughput.time.perf_counter", lambda: now[0])
+
     def slow(batches: list[int], seconds: float) -> Iterator[int]:
         for batch in batches:
-            time.sleep(seconds)
+            passes(seconds)
             yield batch
 
     measured = Throughput()
     arguments, state, control = TrainingArguments(report_to="none"), TrainerState(), TrainerControl()
     for step in range(2):
         assert list(measured.fetched(slow([1, 2], 0.03), tokens=1000 + 50 * step)) == [1, 2]
-        time.sleep(0.04)  # the step itself
+        passes(0.04)  # the step itself
         measured.on_step_end(arguments, state, control)
-        time.sleep(0.05)  # an evaluation: not counted
+        passes(0.05)  # an evaluation: not counted
     found = measured.since_last(1100)
-    assert found["data_wait"] == pytest.approx(0.6, abs=0.1)
-    assert found["tokens_per_second"] == pytest.approx(100 / 0.2, rel=0.25)  # 1000 were there when the run went on
+    assert found["data_wait"] == pytest.approx(0.6)
+    assert found["tokens_per_second"] == pytest.approx(100 / 0.2)  # 1000 were there when the run went on
     assert found["peak_memory_bytes"] > 1e6 and not found.keys() & {"flops_per_second", "mfu", "communication"}
     assert measured.since_last(1100)["data_wait"] == 0.0  # since the last line
 

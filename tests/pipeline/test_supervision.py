@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from waiting import wait_until
 
 from pipeline.recipe import schema
 from pipeline.supervision.bad_steps import StepGuard
@@ -89,7 +90,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, capfd
 
     with supervised(tmp_path, schema.Supervision(heartbeat_seconds=0.05), [beat]) as supervisor:
         supervisor.pulse.progress("training", 1, 10)
-        time.sleep(0.4)
+        wait_until(lambda: len(beats) > 3)
     assert len(beats) > 3 and beats[-1] == "ended"
     assert capfd.readouterr().err.count("no sign of life can be written") == 1
     told = json.loads((tmp_path / "ranks" / "rank-0.json").read_text())
@@ -110,11 +111,13 @@ def test_a_watch_within_another_is_the_same() -> None:
 def test_a_forked_child_ends_by_sigterm_and_its_parent_goes_on() -> None:
     """As workers do that tokenise; pytest's own process is the parent."""
     with watching() as watch, watch.deferring():
+        heard, said = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(said, b".")  # what is to be done after a fork is done
             time.sleep(60)
             os._exit(0)
-        time.sleep(0.1)
+        assert os.read(heard, 1) == b"."
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
         time.sleep(0.7)  # the watch's thread has looked

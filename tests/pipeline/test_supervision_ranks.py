@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+
+from pipeline.supervision.pulse import Pulse
+from pipeline.supervision.ranks import Ranks, clear_ranks
 
 WORKER = Path(__file__).with_name("supervision_worker.py")
 SCENARIOS = ("bug", "bad_input", "same_bug", "killed", "hung", "terminated", "interrupted", "twice")
@@ -116,4 +119,27 @@ def test_a_second_signal_ends_blocked_ranks_at_once(ends: dict[str, End]) -> Non
     """The second comes 4 s after the first; main threads never see either."""
     assert "once more, after 3 s, stops at once" in ends["twice"].said[0]
     assert "stopped at once, by a second SIGTERM" in ends["twice"].said[0]
-    assert max(ends["twice"].seconds) < 3
+    assert max(ends["twice"].seconds) < SECONDS
+
+
+@pytest.mark.parametrize(
+    ("told", "named"),
+    [({}, True), ({"exit_status": 0}, False), ({"pid_namespace": "pid:[1]"}, False), ({"host": "elsewhere"}, False)],
+)
+def test_a_rank_that_its_launcher_reaped_before_the_first_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, Any], named: bool
+) -> None:
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    clear_ranks(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    monkeypatch.setenv("RANK", "1")
+    Ranks(tmp_path).write(Pulse(), "")
+    file = tmp_path / "ranks" / "rank-1.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pid": process.pid, **told}))
+    monkeypatch.setenv("RANK", "0")
+    lost = Ranks(tmp_path).lost()
+    assert (lost is not None) == named
+    if lost is not None:
+        assert lost.rank == 1 and lost.words.startswith(f"(process {process.pid}) was killed (SIGKILL)")
