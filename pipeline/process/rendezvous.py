@@ -17,11 +17,17 @@ def check_port() -> None:
     after the data is read, while the other ranks call on the other run. Under torchrun the agent listens.
 
     Raises:
-        UserError: says how to name another port.
+        UserError: says how to name another port; or that none is named.
     """
     if not launched() or rank() != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
-    port = int(os.environ["MASTER_PORT"])
+    named = os.environ.get("MASTER_PORT", "")
+    if not named.isdecimal() or not 0 < int(named) < 65536:
+        raise UserError(
+            f"MASTER_PORT: {named or 'not set'}, expected a port from 1 to 65535, as RANK and WORLD_SIZE are set.\n"
+            "Launchers set all three (`deepspeed launch/sft.py ...`); for one process unset RANK and WORLD_SIZE."
+        )
+    port = int(named)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: ports of ended runs are free
         try:

@@ -14,7 +14,6 @@ import json
 import os
 import socket
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -164,12 +163,13 @@ class Ranks:
             told = self.told(other)
             if told is None or (told["host"], told.get("pid_namespace")) != (socket.gethostname(), _pid_namespace()):
                 continue
-            process: psutil.Process | None = None
-            with suppress(psutil.NoSuchProcess):
-                found = psutil.Process(told["pid"])
-                if abs(found.create_time() - told["created"]) < 1:  # else the number is another's by now
-                    process = found
-            self._neighbours[other] = (told["pid"], process)
+            try:
+                process = psutil.Process(told["pid"])
+            except psutil.NoSuchProcess:
+                self._neighbours[other] = (told["pid"], None)
+                continue
+            if abs(process.create_time() - told["created"]) < 1:  # else another's number, or a clock that was set
+                self._neighbours[other] = (told["pid"], process)
 
     def _file(self, of: int) -> Path:
         return self.folder / f"rank-{of}.json"

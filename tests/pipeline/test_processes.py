@@ -87,6 +87,17 @@ def test_a_port_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     caller.close()
 
 
+@pytest.mark.parametrize("port", [None, "", "http", "0", "65536"])
+def test_ranks_without_a_port_to_meet_at_are_refused(monkeypatch: pytest.MonkeyPatch, port: str | None) -> None:
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", *ADOPTED):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": port}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"MASTER_PORT: {port or 'not set'}, expected a port from 1 to 65535"):
+        check_port()
+
+
 @pytest.mark.parametrize("command", ["sft", "evaluate"])
 def test_commands_look_before_anything_is_loaded(repository: Path, tmp_path: Path, command: str) -> None:
     recipe = tmp_path / "r.yaml"
