@@ -15,6 +15,7 @@ what launchers make of them is said in pipeline/process/exit_status.py.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from pipeline.errors import UserError
 from pipeline.process.exit_status import BAD_INPUT, FAILED, INTERRUPTED
 from pipeline.process.rank import is_main, launched, rank
 from pipeline.redaction import redacted
+from pipeline.run.whole_file import DISK_REFUSES
 from pipeline.supervision.ending import leave
 from pipeline.supervision.ranks import is_of_collective
 from pipeline.supervision.watch import Interrupted, LostRank, Watch, watching
@@ -49,7 +51,7 @@ def _print_error(message: str, in_full: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    message = redacted(message).encode(errors="backslashreplace").decode()  # names of files need not be text
+    message = redacted(message)
     if not is_main():
         message = f"(process {rank()}) {message if in_full else message.splitlines()[0]}"
     Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(message))
@@ -60,6 +62,16 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
     sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
 
 
+def _print_end_of_thread(end: threading.ExceptHookArgs) -> None:
+    """A bug's traceback; of a disk that takes no more one line, as TensorBoard's thread hands its error on."""
+    name = end.thread.name if end.thread is not None else "a thread"
+    if isinstance(end.exc_value, OSError) and end.exc_value.errno in DISK_REFUSES:
+        print(f"warning: thread {name} cannot write any more: {end.exc_value.strerror}", file=sys.stderr)
+    elif end.exc_value is not None and end.exc_type is not SystemExit:
+        sys.stderr.write(f"Exception in thread {name}:\n")
+        _print_traceback(end.exc_type, end.exc_value, end.exc_traceback)
+
+
 @contextmanager
 def told_errors(watch: Watch | None = None) -> Iterator[None]:
     """Say bad input in words, and exit with its status.
@@ -68,6 +80,7 @@ def told_errors(watch: Watch | None = None) -> Iterator[None]:
         watch: of a command whose processes end together; None, of any other.
     """
     sys.excepthook = _print_traceback
+    threading.excepthook = _print_end_of_thread
     try:
         yield
     except UserError as error:

@@ -32,11 +32,13 @@ def evaluate(
     from pipeline.process.environment import prepare_environment
 
     prepare_environment()
+    from pipeline.process.rank import world_size
     from pipeline.process.rendezvous import check_port
     from pipeline.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, overrides or [])
-    check_port()
+    if world_size() > 1:  # one process meets nobody, whatever launched it
+        check_port()
     from eval.run import evaluate as run  # takes seconds to import: after the recipe's mistakes are told
     from pipeline.run.folder import run_folder
 

@@ -35,7 +35,7 @@ def load_tokenizer(base: schema.Base) -> transformers.PreTrainedTokenizerBase:
     """
     name, key = (base.tokenizer, "base.tokenizer") if base.tokenizer else (base.model, "base.model")
     check_local(name, key)
-    with hub_errors(name, key):
+    with hub_errors(name, key, base.revision):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=base.revision, trust_remote_code=base.trust_remote_code
         )
@@ -55,7 +55,7 @@ def load_config(base: schema.Base, zero: int = 0) -> transformers.PretrainedConf
         UserError: not found, gated or unreachable; already quantised by someone else where that cannot work.
     """
     check_local(base.model, "base.model")
-    with hub_errors(base.model, "base.model"):
+    with hub_errors(base.model, "base.model", base.revision):
         config = AutoConfig.from_pretrained(
             base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
         )
@@ -152,7 +152,7 @@ def load_base(base: schema.Base, device: torch.device | None = None) -> transfor
     quantization = quantization_config(base)
     # even None would replace the settings that an already quantised base brings along
     quantized = {} if quantization is None else {"quantization_config": quantization}
-    with hub_errors(base.model, "base.model"):
+    with hub_errors(base.model, "base.model", base.revision):
         model = AutoModelForCausalLM.from_pretrained(
             base.model,
             revision=base.revision,
@@ -176,7 +176,7 @@ def hollow_base(base: schema.Base) -> transformers.PreTrainedModel:
         UserError: its configuration cannot be had.
     """
     config = load_config(base.model_copy(update={"quantization": "none"}))
-    with torch.device("meta"), hub_errors(base.model, "base.model"):
+    with torch.device("meta"), hub_errors(base.model, "base.model", base.revision):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=base.trust_remote_code, attn_implementation="eager"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets.exceptions import DatasetNotFoundError
 from httpx2 import ConnectError, ConnectTimeout, HTTPError, NetworkError, RemoteProtocolError, TimeoutException
-from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, get_token, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -38,6 +38,8 @@ UNREACHABLE = (
 CLIENT_CLOSED = "client has been closed"
 """httpx2's words where another thread found no network and closed the client that they share (huggingface_hub 2.4,
 utils/_http.py, close_session)."""
+XET_FAILED = "File reconstruction error"
+"""hf_xet's words (1.8) for a download that it gave up; most large files of the Hub come through it."""
 PICKLES = (
     "A pickle can run code when it is read, so none is. Take a model in safetensors, or convert this one where you "
     "trust it: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), and its tokenizer likewise."
@@ -78,21 +80,46 @@ def _gated_status(error: BaseException) -> int | None:
     return None
 
 
-def _fetched(name: str, key: str) -> str:
+def _fetched(name: str, key: str, revision: str) -> str:
     """How to have it without a network: datasets does not look into the cache that ``hf download`` fills (5.2)."""
     if key.startswith("data."):
         return (
-            f"Where there is a network, `hf download {name} --repo-type dataset --local-dir FOLDER` fetches it; then "
-            f"give in {key} the folder that its json or parquet files lie in."
+            "Where there is a network, `launch/check.py RECIPE` fetches it; then copy the cache (HF_HOME) here. Or "
+            f"fetch its files with `hf download {name} --repo-type dataset --local-dir FOLDER`, and give those of your "
+            f"split in {key}, one source each."
         )
-    return f"Where there is a network, `hf download {name}` fetches it; then copy the cache (HF_HOME) here."
+    command = f"hf download {name}" + (f" --revision {revision}" if revision != "main" else "")
+    return f"Where there is a network, `{command}` fetches it; then copy the cache (HF_HOME) here."
 
 
-def _not_here(name: str, key: str) -> str:
+def _not_here(name: str, key: str, revision: str) -> str:
     reason = " (HF_HUB_OFFLINE is set)" if is_offline_mode() else ""
     return (
         f"{key}: {name!r} is neither a local path nor in the local Hub cache, and the Hub cannot be reached{reason}.\n"
-        + _fetched(name, key)
+        + _fetched(name, key, revision)
+    )
+
+
+def _no_safetensors(name: str, key: str, revision: str) -> str:
+    """transformers finds no weights in safetensors, and says no more of a network that failed while it looked."""
+    if _has_pickles_alone(name, revision):
+        return f"{key}: {name!r} has no weights in safetensors.\n{PICKLES}"
+    if is_offline_mode():
+        return _not_here(name, key, revision)
+    return (
+        f"{key}: no weights in safetensors were found for {name!r}: it has none, or the network failed.\n"
+        f"{_fetched(name, key, revision)}\n{PICKLES}"
+    )
+
+
+def _has_pickles_alone(name: str, revision: str) -> bool:
+    """Whether this is certain: of a folder, or of a repository by what the cache keeps of it and the Hub answered."""
+    if os.path.exists(os.path.expanduser(name)):
+        return True
+    wanted = [constants.SAFETENSORS_SINGLE_FILE, constants.SAFETENSORS_INDEX_FILE]
+    pickles = [constants.PYTORCH_WEIGHTS_NAME, f"{constants.PYTORCH_WEIGHTS_NAME}.index.json"]
+    return all(try_to_load_from_cache(name, file, revision=revision) is _CACHED_NO_EXIST for file in wanted) or any(
+        isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in pickles
     )
 
 
@@ -106,7 +133,14 @@ def _says_unreachable(words: str) -> bool:
     return "couldn't connect" in words.lower() or CLIENT_CLOSED in words
 
 
-def _hub_message(name: str, key: str, error: BaseException) -> str | None:
+def _broken_off(error: BaseException) -> bool:
+    """Whether a download failed that had begun."""
+    if isinstance(error, RuntimeError):
+        return XET_FAILED in str(error)
+    return isinstance(error, BROKEN_OFF) and not isinstance(error, UNREACHABLE)
+
+
+def _hub_message(name: str, key: str, revision: str, error: BaseException) -> str | None:
     """Plain words for a Hub error, or None where the error is of another kind."""
     causes = list(_chain(error))
     status = next(
@@ -127,44 +161,41 @@ def _hub_message(name: str, key: str, error: BaseException) -> str | None:
     if status in (401, 403):
         return f"{key}: the Hub refused {name!r} (HTTP {status}). Run `hf auth login` or set HF_TOKEN."
     if any("cannot be loaded with `safetensors`" in str(e) for e in causes):  # transformers' words, 5.23
-        if is_offline_mode() and not os.path.exists(os.path.expanduser(name)):  # of the cache it says the same
-            return _not_here(name, key)
-        return f"{key}: {name!r} has no weights in safetensors.\n{PICKLES}"
+        return _no_safetensors(name, key, revision)
     if any("trust_remote_code=True" in str(e) for e in causes):
         return (
             f"{key}: {name!r} brings Python code of its own, and base.trust_remote_code is false.\n"
             "Read that code; then set base.trust_remote_code=true, with the commit that you read in base.revision."
         )
-    broken = next((e for e in causes if isinstance(e, BROKEN_OFF) and not isinstance(e, UNREACHABLE)), None)
+    broken = next(filter(_broken_off, causes), None)
     if broken is not None:
         return (
             f"{key}: the download of {name!r} from the Hub broke off: {type(broken).__name__}: {broken}\n"
-            f"Start again: files that are whole stay in the cache. {_fetched(name, key)}"
+            f"Start again: files that are whole stay in the cache. {_fetched(name, key, revision)}"
         )
     if any(isinstance(e, UNREACHABLE) or _says_unreachable(str(e)) for e in causes):
-        return _not_here(name, key)
+        return _not_here(name, key, revision)
     if any(isinstance(e, EntryNotFoundError) for e in causes):
         return f"{key}: {name!r} lacks a file that is needed: {error}"
     return None
 
 
 @contextmanager
-def hub_errors(name: str, key: str) -> Iterator[None]:
+def hub_errors(name: str, key: str, revision: str = "main") -> Iterator[None]:
     """Turn what Hugging Face libraries raise for an unreachable, gated or missing repository into ``UserError``.
 
     Args:
         name: the path or Hub id being loaded.
         key: the recipe key it stands under.
+        revision: of the repository.
     """
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError, HTTPError) as error:
-        message = _hub_message(name, key, error)
+    except (OSError, ValueError, ImportError, SafetensorError, HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in (CLIENT_CLOSED, XET_FAILED)):
+            raise  # of a computation
+        message = _hub_message(name, key, revision, error)
         raise UserError(message or f"{key}: {name!r} cannot be loaded: {error}{_again(name)}") from error
-    except RuntimeError as error:
-        if CLIENT_CLOSED not in str(error):
-            raise
-        raise UserError(_hub_message(name, key, error)) from error
 
 
 def check_push(repo_id: str) -> None:

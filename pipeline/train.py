@@ -58,7 +58,7 @@ from pipeline.run.folder import (
 from pipeline.run.lock import check_held, only_run
 from pipeline.run.model_card import write_model_card
 from pipeline.run.provenance import now, provenance
-from pipeline.run.whole_file import write_json
+from pipeline.run.whole_file import DISK_REFUSES, write_json
 from pipeline.supervision.bad_steps import StepGuard
 from pipeline.supervision.callback import SupervisionCallback
 from pipeline.supervision.supervisor import supervised
@@ -219,7 +219,7 @@ def _disk_advice(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno in DISK_REFUSES:
             raise UserError(
                 f"{folder}: cannot be written any more: {error.strerror}.\n"
                 "Make room, then run the same command again: it goes on from the newest checkpoint."

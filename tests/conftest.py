@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pipeline.process.environment does, before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face import: no test may reach the network
 
 # a run of the suite finds what the one before found; `pytest --hypothesis-profile=search` looks for new cases
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("search", settings.get_profile("suite"), derandomize=False, max_examples=1000)
+settings.register_profile(
+    "search",
+    settings.get_profile("suite"),
+    derandomize=False,
+    max_examples=1000,
+    database=DirectoryBasedExampleDatabase(".hypothesis"),
+)
 settings.load_profile("suite")
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -9,6 +9,9 @@ import socket
 from pipeline.errors import UserError
 from pipeline.process.rank import launched, rank
 
+REFUSALS = {errno.EADDRINUSE: "is taken, probably by another run,", errno.EACCES: "is reserved for root"}
+"""What the system answers, in words."""
+
 
 def check_port() -> None:
     """Refuse a port that somebody listens on already; rank 0 looks, where it will listen itself.
@@ -28,15 +31,14 @@ def check_port() -> None:
             "Launchers set all three (`deepspeed launch/sft.py ...`); for one process unset RANK and WORLD_SIZE."
         )
     port = int(named)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: ports of ended runs are free
-        try:
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: ports of ended runs are free
             probe.bind(("", port))  # without listening: no other rank may take this for the meeting
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
+    except OSError as error:
+        if error.errno in REFUSALS:  # else torch may fare better, on IPv6 say
             raise UserError(
-                f"MASTER_PORT: {port}, where the processes are to meet, is taken on {socket.gethostname()}, probably "
-                "by another run.\nGive each run its own: `deepspeed --master_port 29501 ...`, or MASTER_PORT in the "
-                "environment of `srun`."
+                f"MASTER_PORT: {port}, where the processes are to meet, {REFUSALS[error.errno]} on "
+                f"{socket.gethostname()}.\nGive each run its own: `deepspeed --master_port 29501 ...`, or MASTER_PORT "
+                "in the environment of `srun`."
             ) from error

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Numbers of ``OSError`` of a disk that takes no more."""
 
 
 def write_text(file: Path, text: str, durable: bool = True) -> None:

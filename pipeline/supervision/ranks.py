@@ -176,9 +176,9 @@ class Ranks:
 
 
 def _pid_namespace() -> str:
-    """Containers of one host may number their processes each for itself."""
+    """Containers may number their processes each for itself, and machines may share a name, but not a boot."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

@@ -183,7 +183,9 @@ def status_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_a_good_recipe_ends_with_status_0(recipe_file: Path) -> None:
     script = Path(__file__).resolve().parents[2] / "launch" / "check.py"
+    tasks = Path(__file__).resolve().parents[2] / "recipes" / "pocket" / "tasks"
     options = ["training.per_device_train_batch_size=2", "--processes", "3", "--rows", "20"]
+    options += [f"eval.task_folders=[{tasks}]", "eval.tasks=[pocket_choice]"]
     done = subprocess.run([sys.executable, script, recipe_file, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "2 examples x 2 accumulation x 3 processes = 12 examples per optimizer step" in done.stdout
@@ -195,6 +197,16 @@ def test_errors_end_with_status_2(
 ) -> None:
     assert status_of(monkeypatch, str(recipe_file), "data.max_length=8") == 2
     assert "100 of the first 100 rows have no trained token" in capsys.readouterr().out
+
+
+def test_the_evaluation_is_checked_too(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(monkeypatch, str(recipe_file), "eval.tasks=[./none.yaml]") == 2
+    said = capsys.readouterr().out
+    assert "/none.yaml', which is no file" in said and "ready" not in said
+    assert status_of(monkeypatch, str(recipe_file), "eval.tasks=[./none.yaml]", "--no-eval") == 0
+    assert "ready" in capsys.readouterr().out
 
 
 def test_a_bad_recipe_ends_with_status_2_and_no_traceback(

@@ -24,7 +24,7 @@ FILES = ("adapter_model.safetensors", "state.json", "rng.json")
 
 def fill(folder: Path) -> None:
     for name in FILES:
-        (folder / name).write_bytes(random.randbytes(random.randint(1, 5000)))
+        (folder / name).write_bytes(random.randbytes(random.randint(2, 5000)))
 
 
 def steps(folder: Path) -> list[int]:

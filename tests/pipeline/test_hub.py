@@ -25,8 +25,14 @@ ANSWERS = {
     "gone": (404, "RepoNotFound"),
     "banned": (403, ""),
     "broken": (200, ""),
+    "xet": (200, ""),
+    "pickled": (404, "EntryNotFound"),
 }
-REFUSED = [owner for owner, (status, _) in ANSWERS.items() if status != 200]
+REFUSED = ["gated401", "gated403", "private", "gone", "banned"]
+HAS = {"id": "pickled/thing", "sha": "1" * 40, "siblings": [{"rfilename": "config.json"}, {"rfilename": "a.bin"}]}
+CONFIG = json.dumps(
+    {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+).encode()
 
 KINDS = {"tokenizer": "base.model", "config": "base.model", "model": "base.model", "data": "data.train.0.path"}
 NOT_REACHED = ["config", "data"]
@@ -35,6 +41,10 @@ BROKEN_OFF = ["model", "data"]
 ASK = """
 import json
 import sys
+
+from pipeline.process.environment import prepare_environment
+
+prepare_environment()  # as every command does
 
 from pipeline.base import load_base, load_config, load_tokenizer
 from pipeline.data import load_rows
@@ -62,23 +72,39 @@ print(json.dumps({asked: message(*asked.split()) for asked in sys.argv[1:]}))
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Refuses by the owner's name, or breaks off."""
+    """Refuses by the owner's name, breaks off, or has a configuration without weights."""
 
     def do_HEAD(self) -> None:
+        here = f"http://{self.headers['Host']}"
         owner = next((name for name in ANSWERS if f"/{name}/" in self.path), "gone")
-        status, code = ANSWERS[owner]
+        status, code = (200, "") if self.body() or self.path == "/token" else ANSWERS[owner]
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
-        if owner == "broken":
+        if owner in ("broken", "xet", "pickled"):
             self.send_header("X-Repo-Commit", "1" * 40)
             self.send_header("ETag", '"1"')
-        self.send_header("Content-Length", "9" if owner == "broken" else "0")
+        if owner == "xet":
+            self.send_header("X-Xet-Hash", "a" * 64)
+            self.send_header("X-Xet-Refresh-Route", f"{here}/token")
+        if self.path == "/token":
+            self.send_header("X-Xet-Cas-Url", here)  # which refuses whatever is asked for there
+            self.send_header("X-Xet-Access-Token", "x")
+            self.send_header("X-Xet-Token-Expiration", "9999999999")
+        length = 9 if owner in ("broken", "xet") else len(self.body())
+        self.send_header("Content-Length", str(length))
         self.end_headers()
 
+    def body(self) -> bytes:
+        """What one repository has."""
+        if self.path.startswith("/api/models/pickled/"):
+            return json.dumps(HAS).encode()
+        return CONFIG if "/pickled/" in self.path and self.path.endswith("/config.json") else b""
+
     def do_GET(self) -> None:
-        """Of a body nothing arrives but its length."""
+        """Of other bodies nothing arrives but their length."""
         self.do_HEAD()
+        self.wfile.write(self.body())
 
     do_POST = do_GET
 
@@ -133,7 +159,7 @@ def answered(
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     asked = [f"{owner}/thing {kind}" for owner in REFUSED for kind in KINDS]
-    asked += [f"broken/thing {kind}" for kind in BROKEN_OFF]
+    asked += [f"broken/thing {kind}" for kind in BROKEN_OFF] + ["xet/thing config", "pickled/thing model"]
     yield messages_of(
         asking(f"http://127.0.0.1:{server.server_port}", asked, repository, tmp_path_factory.mktemp("hub"))
     )
@@ -170,6 +196,19 @@ def test_a_download_that_breaks_off(answered: dict[str, str], kind: str) -> None
     assert "Start again" in message
 
 
+def test_a_download_that_the_hubs_storage_refuses(answered: dict[str, str]) -> None:
+    """hf_xet raises RuntimeError."""
+    message = answered["xet/thing config"]
+    assert message.startswith("base.model: the download of 'xet/thing' from the Hub broke off: RuntimeError: ")
+    assert "Start again" in message
+
+
+def test_a_repository_without_safetensors(answered: dict[str, str]) -> None:
+    message = answered["pickled/thing model"]
+    assert message.startswith("base.model: 'pickled/thing' has no weights in safetensors.")
+    assert "AutoModelForCausalLM" in message and "network" not in message
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", NOT_REACHED)
 def test_no_network(unreachable: dict[str, subprocess.Popen[str]], kind: str) -> None:
@@ -195,6 +234,10 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (httpx2.ReadTimeout("timed out"), "broke off: ReadTimeout: timed out"),
         (httpx2.ReadError("[Errno 104] Connection reset by peer"), "broke off: ReadError"),
         (caused(OSError("Can't load it"), httpx2.RemoteProtocolError("peer closed")), "broke off: RemoteProtocolError"),
+        (
+            RuntimeError("Task error: File reconstruction error: CAS Client Error: Request middleware error: error s"),
+            "broke off: RuntimeError: Task error",
+        ),
         (httpx2.UnsupportedProtocol("Request URL is missing an 'http://' protocol"), "cannot be loaded: Request URL"),
         (
             OSError("some/thing does not appear to have files named"),
@@ -208,14 +251,40 @@ def test_errors_of_the_network_are_told_in_words(error: Exception, words: str) -
     assert words in str(told.value)
 
 
-def test_weights_that_are_not_in_the_cache_offline(tmp_path: Path) -> None:
-    """transformers says of such a base, whose configuration is in the cache, that its weights are no safetensors."""
-    error = OSError("some/thing is a model that cannot be loaded with `safetensors`")
-    absent = r"is neither a local path .* \(HF_HUB_OFFLINE is set\)"
-    with pytest.raises(UserError, match=absent), hub_errors("some/thing", "base.model"):
-        raise error
+OFFLINE = r"is neither a local path .* \(HF_HUB_OFFLINE is set\)\.\n.*`hf download some/thing --revision v1`"
+PICKLED = "'some/thing' has no weights in safetensors"
+UNCLEAR = "no weights in safetensors were found for 'some/thing': it has none, or the network failed"
+
+
+@pytest.mark.parametrize(
+    ("kept", "offline", "words"),
+    [
+        ([], True, OFFLINE),
+        ([], False, UNCLEAR),
+        ([".no_exist/1/model.safetensors"], True, OFFLINE),  # it may be sharded
+        ([".no_exist/1/model.safetensors"], False, UNCLEAR),
+        ([".no_exist/1/model.safetensors", ".no_exist/1/model.safetensors.index.json"], True, PICKLED),
+        (["snapshots/1/pytorch_model.bin"], True, PICKLED),
+        (["snapshots/1/pytorch_model.bin.index.json"], False, PICKLED),
+    ],
+)
+def test_weights_that_are_not_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: list[str], offline: bool, words: str
+) -> None:
+    """transformers says the same of a base whose weights are pickles and of one that it could not look for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    for name, content in {"refs/v1": "1", "snapshots/1/config.json": "{}", **dict.fromkeys(kept, "")}.items():
+        file = tmp_path / "models--some--thing" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    with pytest.raises(UserError, match=f"(?s){words}"), hub_errors("some/thing", "base.model", "v1"):
+        raise OSError("some/thing is a model that cannot be loaded with `safetensors`")
+
+
+def test_a_folder_without_safetensors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no weights in safetensors"), hub_errors(str(tmp_path), "base.model"):
-        raise error
+        raise OSError("it is a model that cannot be loaded with `safetensors`")
 
 
 def test_other_errors_of_a_computation_stay_what_they_are() -> None:

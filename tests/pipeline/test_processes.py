@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.process import rank as processes
 from pipeline.process.rendezvous import check_port
+from tests.ports import free_port
 
 TASK = {
     "SLURM_STEP_ID": "0",
@@ -69,7 +70,7 @@ def test_a_command_at_a_terminal_is_one_process() -> None:
 def test_a_port_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHELASTIC_USE_AGENT_STORE", *ADOPTED):
         monkeypatch.delenv(name, raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.create_server(("127.0.0.1", int(free_port()))) as taken:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         check_port()  # plain python meets nobody
         monkeypatch.setenv("RANK", "1")
@@ -98,20 +99,36 @@ def test_ranks_without_a_port_to_meet_at_are_refused(monkeypatch: pytest.MonkeyP
         check_port()
 
 
-@pytest.mark.parametrize("command", ["sft", "evaluate"])
-def test_commands_look_before_anything_is_loaded(repository: Path, tmp_path: Path, command: str) -> None:
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may listen anywhere")
+def test_a_port_that_is_roots_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "80"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"MASTER_PORT: 80, .* is reserved for root"):
+        check_port()
+
+
+@pytest.mark.parametrize(
+    ("command", "processes", "first_word"),
+    [("sft", 1, "MASTER_PORT"), ("evaluate", 2, "MASTER_PORT"), ("evaluate", 1, "outputs/r")],  # which meets nobody
+)
+def test_commands_look_before_anything_is_loaded(
+    repository: Path, tmp_path: Path, command: str, processes: int, first_word: str
+) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("{name: r, base: {model: ./none}, data: {train: [{path: ./none}]}, eval: {tasks: [none]}}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        meeting = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}
+        meeting = {"RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_RANK": "0"}
+        meeting["MASTER_PORT"] = str(taken.getsockname()[1])
         done = subprocess.run(
             [sys.executable, str(repository / "launch" / f"{command}.py"), str(recipe)],
+            cwd=tmp_path,
             env={**os.environ, **meeting},
             capture_output=True,
             text=True,
         )
     assert done.returncode == 2
-    assert "MASTER_PORT" in done.stderr and "Traceback" not in done.stderr
+    assert f"error: {first_word}: " in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
