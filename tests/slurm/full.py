@@ -21,6 +21,8 @@ from pathlib import Path
 from controller import Cluster, started_cluster
 from training import differences, losses, wait_for_step, write_recipe
 
+from pipeline.cluster.restarts import FRUITLESS_STOPS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("--gpus", "0", "--cpus", "1")
 FURTHER_STEPS = 5
@@ -151,11 +153,12 @@ def failures(trainings: Trainings) -> None:
         if cluster.job(number)["JobState"] != "RUNNING":
             break
         starts += 1
-        time.sleep(6)  # in the imports: before the first step
+        time.sleep(3)  # in the imports: before the first step
         cluster.run("scancel", "--signal=USR1", number)
         cluster.wait(number, "PENDING", seconds=100)
     job = cluster.job(number)
     report(f"stopped before the first step, {starts} times", f"{job['JobState']}, exit {job['ExitCode']}")
+    assert (job["JobState"], starts) == ("FAILED", 1 + FRUITLESS_STOPS)
     print(Path(job["StdOut"]).read_text()[-900:])
 
 
